@@ -1,0 +1,98 @@
+"""Attention with sinks and sliding windows that never builds an S x S mask.
+
+gpt-oss adds one learned logit per head, the sink, to every softmax and then drops its probability. Here the sink is one
+more key with a zero value: each query gets an extra coordinate ``sink / scaling``, the sink's key is the unit vector of
+that coordinate, all other keys have zero there. What remains is ordinary attention, so PyTorch's fused kernels apply on
+any device, with gradients. Full layers use the causal kernel. Sliding layers cut queries into chunks of one window, each
+of which sees its own and the previous chunk's keys: work is linear in the sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "sinks_as_keys"
+_ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
+
+
+def attention_with_sinks(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, sliding_window=None, s_aux=None, **_
+):
+    """transformers' attention interface for whole, unpadded sequences that start at position 0.
+
+    query [B, Hq, S, D], key and value [B, Hkv, S, D], s_aux [Hq] the sinks. Returns ([B, S, Hq, D], None).
+    attention_mask and dropout must be absent: blocks are dense and scored in evaluation mode.
+    """
+    if attention_mask is not None or dropout:
+        raise NotImplementedError("sinks_as_keys serves dense causal blocks only: no attention mask, no dropout")
+    head_dim = query.shape[-1]
+    query = _append_coordinate(query, (s_aux / scaling).view(1, -1, 1, 1))
+    key, value = _append_coordinate(key, 0.0), _append_coordinate(value, 0.0)
+    sink_key = torch.zeros_like(key[:, :, :1])
+    sink_key[..., head_dim] = 1.0
+    if sliding_window is None or sliding_window >= query.shape[2]:
+        output = _causal(query, key, value, sink_key, scaling)
+    else:
+        output = _sliding(query, key, value, sink_key, scaling, sliding_window)
+    return output[..., :head_dim].transpose(1, 2).contiguous(), None
+
+
+def _append_coordinate(x: torch.Tensor, coordinate) -> torch.Tensor:
+    padding = _ALIGNMENT - x.shape[-1] % _ALIGNMENT
+    padded = F.pad(x, (0, padding))
+    if torch.is_tensor(coordinate):
+        padded[..., x.shape[-1]] = coordinate.squeeze(-1).to(x.dtype)
+    return padded
+
+
+def _causal(query, key, value, sink_key, scaling):
+    # A query of zeros in front keeps "query i sees keys 0..i" true after the sink is put in front of the keys.
+    output = F.scaled_dot_product_attention(
+        F.pad(query, (0, 0, 1, 0)),
+        torch.cat([sink_key, key], dim=2),
+        F.pad(value, (0, 0, 1, 0)),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return output[:, :, 1:]
+
+
+def _sliding(query, key, value, sink_key, scaling, window):
+    batch, heads, length, _ = query.shape
+    key, value, sink_key = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value, sink_key))
+    chunks = -(-length // window)
+    tail = chunks * window - length
+    query, key, value = (F.pad(x, (0, 0, 0, tail)) for x in (query, key, value))
+
+    def chunked(x):  # [B, H, chunks * window, D] -> [B * chunks, H, window, D]
+        return x.unflatten(2, (chunks, window)).transpose(1, 2).flatten(0, 1)
+
+    def with_previous(x, first):  # keys or values of the sink, the previous and the own chunk
+        previous = F.pad(x, (0, 0, window, 0))[:, :, : chunks * window]
+        first = first.repeat_interleave(chunks, dim=0)
+        return torch.cat([first, chunked(previous), chunked(x)], dim=2)
+
+    output = F.scaled_dot_product_attention(
+        chunked(query),
+        with_previous(key, sink_key),
+        with_previous(value, torch.zeros_like(sink_key)),
+        attn_mask=_window_mask(chunks, window, query.device).repeat(batch, 1, 1, 1),
+        scale=scaling,  # grouped heads were repeated above: the fused kernels with a mask do not take groups
+    )
+    output = output.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)
+    return output[:, :, :length]
+
+
+def _window_mask(chunks: int, window: int, device: torch.device) -> torch.Tensor:
+    """[chunks, 1, window, 1 + 2 * window]: the sink, and the last ``window`` keys up to the query's own position."""
+    q = torch.arange(window, device=device)[:, None]
+    k = torch.arange(2 * window, device=device)[None, :]
+    inside = (k > q) & (k <= q + window)
+    mask = torch.cat([torch.ones_like(inside[:, :1]), inside], dim=1).repeat(chunks, 1, 1, 1)
+    mask[0, :, :, 1 : 1 + window] = False  # nothing precedes the first chunk
+    return mask
+
+
+AttentionInterface.register(NAME, attention_with_sinks)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,230 @@
+"""A gpt-oss checkpoint on disk: found, verified before use, and read one layer at a time."""
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GptOssConfig, PreTrainedTokenizerFast
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm, GptOssRotaryEmbedding
+
+from . import attention, experts, mxfp4
+from .errors import CheckpointError
+
+SUPPORTED = {"gpt_oss": "openai/gpt-oss-20b, openai/gpt-oss-120b and checkpoints of their layout"}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+EXPERT_MATRICES = ("gate_up_proj", "down_proj")
+
+
+class Checkpoint:
+    """An opened checkpoint. Opening reads and checks headers only; tensors are memory-mapped when they are asked for."""
+
+    def __init__(self, model: str):
+        """model: a local folder (a Kaggle mount, say) or the id of a model on the Hugging Face hub.
+
+        Raises CheckpointError when a file or tensor is missing, truncated, of a wrong shape, or the model is not gpt-oss.
+        """
+        self.model_id = model
+        self.folder = _find_folder(model)
+        self.config = _read_config(self.folder)
+        self._shard_of = _read_index(self.folder)
+        self._shards = {file: _open_shard(self.folder / file) for file in sorted(set(self._shard_of.values()))}
+        self._verify()
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.config.num_local_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.config.num_experts_per_tok
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in the index's order."""
+        return list(self._shard_of)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise CheckpointError(f"{self.folder}: scoring needs a fast tokenizer (for offsets) with an EOS token")
+        return tokenizer
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identifies the weights cheaply: over every tensor's name, type and shape, and the bytes of all routers.
+
+        Routers differ between any two trained models, so this tells models apart without reading gigabytes.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.names):
+            entry = self._slice(name)
+            digest.update(f"{name} {entry.get_dtype()} {entry.get_shape()}\n".encode())
+            if ".mlp.router." in name:
+                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The stored tensor, memory-mapped on the CPU."""
+        return self._shards[self._shard_of[name]].get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        return self._slice(name).get_shape()
+
+    def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> GptOssDecoderLayer:
+        """transformers' decoder layer with its weights on ``device``; MXFP4 experts are decoded there."""
+        prefix = f"model.layers.{index}."
+        with torch.device("meta"):
+            layer = GptOssDecoderLayer(self.config, index)
+        state = {}
+        for name in layer.state_dict():
+            if prefix + name + "_blocks" in self._shard_of:
+                packed = (self.tensor(prefix + name + part).to(device) for part in ("_blocks", "_scales"))
+                # Stored as [E, out, in]; transformers multiplies x @ W with W [E, in, out].
+                state[name] = mxfp4.decode(*packed, dtype).transpose(1, 2)
+            else:
+                state[name] = self.tensor(prefix + name).to(device, dtype)
+        layer.load_state_dict(state, assign=True)
+        return layer.eval().requires_grad_(False)
+
+    def embedding(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[V, H]"""
+        return self.tensor("model.embed_tokens.weight").to(device, dtype)
+
+    def lm_head(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[V, H]; the embedding itself where the two are tied."""
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        return self.tensor(name).to(device, dtype)
+
+    def final_norm(self, device: torch.device, dtype: torch.dtype) -> GptOssRMSNorm:
+        norm = GptOssRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps).to(device, dtype)
+        norm.weight.data = self.tensor("model.norm.weight").to(device, dtype)
+        return norm.requires_grad_(False)
+
+    def rotary(self, device: torch.device) -> GptOssRotaryEmbedding:
+        return GptOssRotaryEmbedding(self.config).to(device)
+
+    def _slice(self, name: str):
+        return self._shards[self._shard_of[name]].get_slice(name)
+
+    def _verify(self) -> None:
+        """Every tensor of the architecture is there, in one of the two expert formats, with the shape the config implies."""
+        stored = {file: set(shard.keys()) for file, shard in self._shards.items()}
+        for name, file in self._shard_of.items():
+            if name not in stored[file]:
+                raise CheckpointError(
+                    f"{self.folder}: {INDEX_FILE} places {name!r} in {file}, which does not hold it. "
+                    "Fetch the checkpoint again."
+                )
+        for name, expected in self._expected_shapes().items():
+            if name not in self._shard_of:
+                raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the index. Fetch it again.")
+            found = self.shape(name)
+            if found != expected:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name!r} has shape {found}, expected {expected} from config.json "
+                    f"(num_local_experts {self.num_experts}). Weights and configuration do not belong together."
+                )
+
+    def _expected_shapes(self) -> dict[str, list[int]]:
+        c = self.config
+        h, inter, e = c.hidden_size, c.intermediate_size, c.num_local_experts
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        shapes = {"model.embed_tokens.weight": [c.vocab_size, h], "model.norm.weight": [h]}
+        if not c.tie_word_embeddings:
+            shapes["lm_head.weight"] = [c.vocab_size, h]
+        for i in range(c.num_hidden_layers):
+            layer = {"input_layernorm.weight": [h], "post_attention_layernorm.weight": [h]}
+            for name, size in (("q", q), ("k", kv), ("v", kv)):
+                layer |= {f"self_attn.{name}_proj.weight": [size, h], f"self_attn.{name}_proj.bias": [size]}
+            layer |= {"self_attn.o_proj.weight": [h, q], "self_attn.o_proj.bias": [h]}
+            layer |= {"self_attn.sinks": [c.num_attention_heads]}
+            layer |= {"mlp.router.weight": [e, h], "mlp.router.bias": [e]}
+            for name, rows, columns in (("gate_up_proj", 2 * inter, h), ("down_proj", h, inter)):
+                layer[f"mlp.experts.{name}_bias"] = [e, rows]
+                if f"model.layers.{i}.mlp.experts.{name}" in self._shard_of:
+                    layer[f"mlp.experts.{name}"] = [e, columns, rows]
+                else:
+                    groups = columns // mxfp4.GROUP
+                    layer[f"mlp.experts.{name}_blocks"] = [e, rows, groups, mxfp4.GROUP // 2]
+                    layer[f"mlp.experts.{name}_scales"] = [e, rows, groups]
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether dim 0 of the tensor counts experts: the router's weight and bias, and everything under mlp.experts."""
+    return ".mlp.router." in name or ".mlp.experts." in name
+
+
+def _find_folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise CheckpointError(f"model: {model!r} is neither a folder nor an 'owner/name' of the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Downloads resume where an earlier one stopped. original/ and metal/ hold the same weights in other layouts.
+        return Path(snapshot_download(model, ignore_patterns=["original/*", "metal/*"]))
+    except OSError as error:
+        raise CheckpointError(
+            f"model: {model!r} is no local folder and could not be fetched from the hub: {error}. "
+            "Check the name, the network and HF_TOKEN, or give a folder."
+        ) from error
+
+
+def _read_config(folder: Path) -> GptOssConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    settings = json.loads(file.read_text())
+    if settings.get("model_type") not in SUPPORTED:
+        raise CheckpointError(
+            f"{folder}: model_type is {settings.get('model_type')!r}; supported: "
+            + "; ".join(f"{kind!r} ({what})" for kind, what in SUPPORTED.items())
+        )
+    config = GptOssConfig.from_dict(settings)
+    config._attn_implementation = attention.NAME
+    config._experts_implementation = experts.NAME
+    return config
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        shard_of = json.loads(index.read_text())["weight_map"]
+        for file in sorted(set(shard_of.values())):
+            if not (folder / file).is_file():
+                missing = sum(f == file for f in shard_of.values())
+                raise CheckpointError(f"{folder}: shard {file} is missing ({missing} tensors). Fetch it again.")
+        return shard_of
+    if (folder / SINGLE_FILE).is_file():
+        return dict.fromkeys(_open_shard(folder / SINGLE_FILE).keys(), SINGLE_FILE)
+    raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}: there are no weights to read")
+
+
+def _open_shard(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. Fetch it again."
+        ) from error

@@ -1,0 +1,150 @@
+"""Differences between a candidate and the baseline on the same tokens, with paired intervals and noise floors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ResultError
+from .results import Result
+from .statistics import cells, conflicts
+
+BOOTSTRAP_DRAWS = 2000
+FLOOR_DRAWS = 20
+_MUST_AGREE = ("rows_seen", "rows_sha256")
+_META_MUST_AGREE = ("num_blocks", "tokenizer_sha256", "entropy_topk", "cc_quantile")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Candidate minus baseline, with the 95 % interval of a paired bootstrap over blocks (None without block data)."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against the baseline on one pack and sequence length."""
+
+    ppl: Delta
+    cc: Delta  # conflicts under the baseline's thresholds minus the baseline's own rate
+    mean_prob: Delta
+    mean_entropy: Delta
+    js2d: float
+    js2d_floor: float  # what chance alone gives: the two models' values swapped at random, token by token
+    cc_rate_at_base: float
+    binned: bool  # thresholds, conflicts or floor come from histogram bins, not from tokens
+    kl_to_base: float | None
+    top1_agreement: float | None
+
+
+def compare(candidate: Result, baseline: Result, pack: str, seq_len: int, seed: int = 0) -> Comparison:
+    """Raises ResultError when the two results were not made from the same rows, blocks and tokenizer."""
+    require_comparable(candidate, baseline, pack, seq_len)
+    cand, base = (r.entries[pack, seq_len]["model"] for r in (candidate, baseline))
+    tokens_c, tokens_b = candidate.tokens(pack, seq_len), baseline.tokens(pack, seq_len)
+    binned = candidate.binned or baseline.binned or tokens_c is None or tokens_b is None
+    rng = np.random.default_rng(seed)
+    if binned:
+        cc_at_base, cc_blocks = _binned_conflict_rate(cand["hist2d_x_H"], base["p_thr"], base["h_thr"]), None
+        floor = _analytic_floor(cand, base)
+    else:
+        if not (
+            np.array_equal(tokens_c.block, tokens_b.block) and np.array_equal(tokens_c.position, tokens_b.position)
+        ):
+            raise ResultError(f"{candidate.label} and {baseline.label} kept different tokens of {pack} at {seq_len}")
+        hit = conflicts(tokens_c.probability, tokens_c.entropy.astype(np.float64), base["p_thr"], base["h_thr"])
+        cc_at_base = float(hit.mean())
+        cc_blocks = np.bincount(tokens_c.block, hit, minlength=len(cand["blocks"]["kept"]))
+        cells_c, cells_b = (cells(t.probability, t.entropy) for t in (tokens_c, tokens_b))
+        floor = swap_floor(cells_c, cells_b, rng)
+    intervals = _intervals(cand.get("blocks"), base.get("blocks"), cc_blocks, rng)
+    return Comparison(
+        ppl=Delta(cand["ppl"] - base["ppl"], intervals.get("ppl")),
+        cc=Delta(cc_at_base - base["cc_rate"], intervals.get("cc")),
+        mean_prob=Delta(cand["mean_prob"] - base["mean_prob"], intervals.get("mean_prob")),
+        mean_entropy=Delta(cand["mean_entropy"] - base["mean_entropy"], intervals.get("mean_entropy")),
+        js2d=js_divergence(cand["hist2d_x_H"]["counts"], base["hist2d_x_H"]["counts"]),
+        js2d_floor=floor,
+        cc_rate_at_base=cc_at_base,
+        binned=binned,
+        kl_to_base=cand.get("kl_to_base"),
+        top1_agreement=cand.get("top1_agreement"),
+    )
+
+
+def require_comparable(candidate: Result, baseline: Result, pack: str, seq_len: int) -> None:
+    """Same rows, blocks, tokenizer and settings, as far as both files say; else ResultError with both values."""
+    for result in (candidate, baseline):
+        if (pack, seq_len) not in result.entries:
+            raise ResultError(f"{result.path} has no pack {pack} at seq_len {seq_len}; it has {sorted(result.entries)}")
+    cand, base = candidate.entries[pack, seq_len], baseline.entries[pack, seq_len]
+    facts = [(name, candidate.meta.get(name), baseline.meta.get(name)) for name in _META_MUST_AGREE]
+    facts += [(name, cand.get(name), base.get(name)) for name in _MUST_AGREE]
+    facts += [("kept_tokens", cand["model"]["kept_tokens"], base["model"]["kept_tokens"])]
+    bins = [tuple(e["model"]["hist2d_x_H"][k] for k in ("xbins", "ybins")) for e in (cand, base)]
+    facts += [("histogram bins", *bins)]
+    for name, found, expected in facts:
+        if found is not None and expected is not None and found != expected:
+            raise ResultError(
+                f"{candidate.label} cannot be compared with {baseline.label} on {pack} at {seq_len}: {name} is {found} "
+                f"against {expected}. Evaluate both on the same packs, rows, blocks and tokenizer."
+            )
+
+
+def js_divergence(counts_a, counts_b) -> float:
+    """Jensen-Shannon divergence in nats, in [0, ln 2], between two histograms of the same cells."""
+    a, b = (np.asarray(c, np.float64) / np.sum(c) for c in (counts_a, counts_b))
+    middle = (a + b) / 2
+
+    def kl(x):
+        used = x > 0
+        return float(np.sum(x[used] * np.log(x[used] / middle[used])))
+
+    return max(0.0, (kl(a) + kl(b)) / 2)
+
+
+def swap_floor(cells_a: np.ndarray, cells_b: np.ndarray, rng: np.random.Generator) -> float:
+    """Mean JS divergence when each token's two cells are swapped with probability 1/2: what no difference would give."""
+    size = int(max(cells_a.max(), cells_b.max())) + 1
+    draws = []
+    for _ in range(FLOOR_DRAWS):
+        swap = rng.random(len(cells_a)) < 0.5
+        first, second = np.where(swap, cells_b, cells_a), np.where(swap, cells_a, cells_b)
+        draws.append(js_divergence(np.bincount(first, minlength=size), np.bincount(second, minlength=size)))
+    return float(np.mean(draws))
+
+
+def _analytic_floor(cand: dict, base: dict) -> float:
+    """(occupied cells - 1) / (4 N): the bias of the estimate for two independent samples of N tokens."""
+    a, b = (np.asarray(m["hist2d_x_H"]["counts"]) for m in (cand, base))
+    return float(((a + b > 0).sum() - 1) / (4 * base["kept_tokens"]))
+
+
+def _binned_conflict_rate(hist: dict, p_thr: float, h_thr: float) -> float:
+    counts = np.asarray(hist["counts"]).reshape(hist["xbins"], hist["ybins"])
+    x, y = (np.asarray(hist[k]) for k in ("x_edges", "y_edges"))
+    low_p, low_h = ((e[:-1] + e[1:]) / 2 <= thr for e, thr in ((x, p_thr), (y, h_thr)))
+    return float(counts[np.ix_(low_p, low_h)].sum() / counts.sum())
+
+
+def _intervals(cand: dict | None, base: dict | None, cc_blocks: np.ndarray | None, rng: np.random.Generator) -> dict:
+    """95 % percentile intervals of each difference, resampling whole blocks of both models together."""
+    if cand is None or base is None:
+        return {}
+    kept = np.asarray(base["kept"], np.float64)
+    draws = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), BOOTSTRAP_DRAWS).astype(np.float64)
+    total = draws @ kept
+    draws, total = draws[total > 0], total[total > 0]  # a draw of blocks without a kept token says nothing
+
+    def mean(values):
+        return draws @ np.asarray(values, np.float64) / total
+
+    differences = {
+        "ppl": np.exp(mean(cand["nll_sum"])) - np.exp(mean(base["nll_sum"])),
+        "mean_prob": mean(cand["prob_sum"]) - mean(base["prob_sum"]),
+        "mean_entropy": mean(cand["entropy_sum"]) - mean(base["entropy_sum"]),
+    }
+    if cc_blocks is not None:
+        differences["cc"] = mean(cc_blocks) - mean(base["conflicts"])
+    return {name: tuple(map(float, np.percentile(d, [2.5, 97.5]))) for name, d in differences.items()}

@@ -1,0 +1,129 @@
+"""Evaluate a model, or many keep-sets of it in one pass, on packs and sequence lengths."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from . import __version__, forward, results
+from .checkpoint import Checkpoint
+from .errors import ParameterError
+from .keepsets import KeepSet
+from .packs import Blocks, PackSource, pack_blocks
+from .slicing import MANIFEST
+from .statistics import Tokens, aggregate
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    source: PackSource,
+    placement: forward.Placement,
+    keep_sets: Mapping[str, KeepSet | None],
+    *,
+    seq_lens: Sequence[int],
+    num_blocks: int,
+    only: Sequence[str] | None = None,
+    rows: str = "all",
+    entropy_topk: int = 20,
+    cc_quantile: float = 0.15,
+    out_dir: str | Path,
+    progress: bool = True,
+) -> list[Path]:
+    """Score every keep-set (label -> KeepSet, or None for the whole model) and write one result per label.
+
+    Every pack and sequence length is one pass over the weights that serves all keep-sets. Returns the JSON paths.
+    """
+    _check_lengths(checkpoint, seq_lens)
+    packs = list(only) if only is not None else source.names
+    # Packing comes first: a pack that is missing or too short is found before any weight is read.
+    jobs = [
+        pack_blocks(source, pack, checkpoint.tokenizer, seq_len=length, num_blocks=num_blocks, rows=rows)
+        for pack in packs
+        for length in seq_lens
+    ]
+    entries: dict[str, dict] = {label: {} for label in keep_sets}
+    tokens: dict[str, dict] = {label: {} for label in keep_sets}
+    masks = [keep and keep.mask for keep in keep_sets.values()]
+    for blocks in jobs:
+        run = forward.score(
+            checkpoint, blocks, placement, keep_sets=masks, entropy_topk=entropy_topk, progress=progress
+        )
+        block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
+        for label, variant in zip(keep_sets, run.variants, strict=True):
+            part = Tokens(block, position, variant.nll, variant.entropy)
+            tokens[label][blocks.pack, blocks.seq_len] = part
+            entries[label][blocks.pack, blocks.seq_len] = _entry(blocks, part, variant, run, cc_quantile)
+    written = []
+    for label, keep in keep_sets.items():
+        meta = _meta(checkpoint, source, placement, label, keep, rows=rows, seq_lens=list(seq_lens))
+        meta |= {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
+        content = {"schema": results.SCHEMA, "meta": meta, "packs": _by_pack(entries[label])}
+        written.append(results.write(Path(out_dir), label, content, tokens[label]))
+    return written
+
+
+def _entry(
+    blocks: Blocks, tokens: Tokens, variant: forward.TokenStatistics, run: forward.Pass, cc_quantile: float
+) -> dict:
+    model = aggregate(tokens, len(blocks.tokens), cc_quantile) | {"tok_s_pred": run.tokens_per_second}
+    if variant.kl_to_base is not None:
+        model["kl_to_base"] = float(variant.kl_to_base.mean(dtype=np.float64))
+        model["top1_agreement"] = float(variant.same_top1.mean())
+    return {"rows_seen": blocks.rows_seen, "rows_sha256": blocks.rows_sha256, "model": model}
+
+
+def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
+    packs: dict[str, dict] = {}
+    for (pack, length), entry in entries.items():
+        packs.setdefault(pack, {})[str(length)] = entry
+    return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
+
+
+def _check_lengths(checkpoint: Checkpoint, seq_lens: Sequence[int]) -> None:
+    longest = checkpoint.config.max_position_embeddings
+    for length in seq_lens:
+        if not 2 <= length <= longest:
+            raise ParameterError(f"seq_lens: found {length}, expected 2 to {longest}, the model's longest context")
+
+
+def _meta(
+    checkpoint: Checkpoint,
+    source: PackSource,
+    placement: forward.Placement,
+    label: str,
+    keep: KeepSet | None,
+    *,
+    rows: str,
+    seq_lens: list[int],
+) -> dict:
+    gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
+    return {
+        "label": label,
+        "model_id": checkpoint.model_id,
+        "model_sha256": checkpoint.sha256,
+        "tokenizer_sha256": checkpoint.tokenizer_sha256,
+        "num_experts": checkpoint.num_experts,
+        "top_k": checkpoint.top_k,
+        "keep_set": keep.chosen_by if keep else _pruned_by(checkpoint),
+        "dataset_repo": source.source,
+        "pack_files": source.pack_files,
+        "rows": rows,
+        "seq_lens": seq_lens,
+        "engine": f"eaftlib {__version__}",
+        "device": str(placement.device),
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "gpu_name": gpu,
+        "torch": torch.__version__,
+        "transformers_version": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _pruned_by(checkpoint: Checkpoint) -> dict | None:
+    """How a pruned checkpoint's experts were chosen, from the manifest that pruning left in it."""
+    manifest = checkpoint.folder / MANIFEST
+    return json.loads(manifest.read_text())["chosen_by"] if manifest.is_file() else None

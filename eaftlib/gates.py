@@ -1,0 +1,124 @@
+"""Near-lossless gates: limits on what pruning may change, and the verdict on a candidate."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compare import Comparison, compare
+from .errors import ParameterError
+from .results import Result
+
+SCHEMA = "eaft-gates/1"
+PASS, FAIL, UNDECIDED, INCOMPLETE = "PASS", "FAIL", "UNDECIDED", "INCOMPLETE"
+LIMITS = ("ppl_absolute", "ppl_relative", "cc_rate", "mean_prob", "js2d")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """|dPPL| <= min(ppl_absolute, ppl_relative * base PPL), |dCC| <= cc_rate, |d mean p| <= mean_prob, JS2D <= js2d."""
+
+    name: str
+    primary_pack: str
+    primary_seq_lens: tuple[int, ...]
+    limits: dict[str, float]
+
+    def ppl_limit(self, base_ppl: float) -> float:
+        return min(self.limits["ppl_absolute"], self.limits["ppl_relative"] * base_ppl)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate at one sequence length."""
+
+    gate: str
+    seq_len: int
+    value: float
+    limit: float
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A candidate's verdict: the worst of its checks, with a sentence for everything that is not a plain pass."""
+
+    label: str
+    status: str
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+    comparisons: dict[int, Comparison]
+
+
+def read_gates(path: str | Path) -> Gates:
+    path = Path(path)
+    if not path.is_file():
+        raise ParameterError(f"gates: {path} does not exist; the project's own are in params/gates/")
+    content = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA or set(content.get("limits", {})) != set(LIMITS):
+        raise ParameterError(
+            f"gates: {path} has schema {content.get('schema')!r} and limits {sorted(content.get('limits', {}))}; expected "
+            f"{SCHEMA!r} and {sorted(LIMITS)}"
+        )
+    return Gates(content["name"], content["primary_pack"], tuple(content["primary_seq_lens"]), content["limits"])
+
+
+def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
+    """Every gate at every primary sequence length. A length missing on either side makes the verdict INCOMPLETE."""
+    checks: list[Check] = []
+    comparisons: dict[int, Comparison] = {}
+    reasons: list[str] = []
+    for seq_len in gates.primary_seq_lens:
+        missing = [r.label for r in (candidate, baseline) if (gates.primary_pack, seq_len) not in r.entries]
+        if missing:
+            reasons.append(f"{gates.primary_pack} at {seq_len} is missing for {', '.join(missing)}")
+            continue
+        comparison = compare(candidate, baseline, gates.primary_pack, seq_len)
+        base_ppl = baseline.entries[gates.primary_pack, seq_len]["model"]["ppl"]
+        comparisons[seq_len] = comparison
+        checks += _checks(comparison, gates, seq_len, base_ppl)
+    statuses = {c.status for c in checks}
+    status = next((s for s in (FAIL, UNDECIDED) if s in statuses), INCOMPLETE if reasons else PASS)
+    reasons += [c.reason for c in checks if c.reason]
+    if saw_its_rows(candidate):
+        reasons.append("its experts were chosen on rows that it is judged on")
+    return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
+
+
+def saw_its_rows(result: Result) -> bool:
+    """Whether the ranking behind a candidate may have seen the rows it is scored on: the splits are not calib / eval."""
+    chosen_by = result.meta.get("keep_set")
+    if not chosen_by or "ranking_rows" not in chosen_by:
+        return False
+    return {chosen_by["ranking_rows"], result.meta.get("rows")} != {"calib", "eval"}
+
+
+def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float) -> list[Check]:
+    limits = gates.limits
+    deltas = (
+        ("dPPL", comparison.ppl, gates.ppl_limit(base_ppl), ".3f"),
+        ("dCC", comparison.cc, limits["cc_rate"], ".5f"),
+        ("d mean p", comparison.mean_prob, limits["mean_prob"], ".4f"),
+    )
+    checks = []
+    for gate, delta, limit, form in deltas:
+        status = PASS if abs(delta.value) <= limit else FAIL
+        reason = ""
+        if status == FAIL:
+            reason = f"{gate} at {seq_len}: {delta.value:+{form}}, limit {limit:{form}}"
+        elif delta.interval and max(map(abs, delta.interval)) > limit:
+            low, high = delta.interval
+            reason = f"{gate} at {seq_len} passes, but its interval [{low:+{form}}, {high:+{form}}] reaches past {limit:{form}}"
+        checks.append(Check(gate, seq_len, delta.value, limit, status, reason))
+    return [*checks, _js_check(comparison, limits["js2d"], seq_len)]
+
+
+def _js_check(comparison: Comparison, limit: float, seq_len: int) -> Check:
+    """JS2D is biased upward on small evaluations: above the limit by no more than its noise floor, it decides nothing."""
+    value, floor = comparison.js2d, comparison.js2d_floor
+    if value <= limit:
+        return Check("JS2D", seq_len, value, limit, PASS, "")
+    if value - floor <= limit:
+        reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}: too few tokens to decide"
+        return Check("JS2D", seq_len, value, limit, UNDECIDED, reason)
+    reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}"
+    return Check("JS2D", seq_len, value, limit, FAIL, reason)

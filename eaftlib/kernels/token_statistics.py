@@ -1,0 +1,72 @@
+"""Per-token statistics of the next-token distribution, without ever holding all logits."""
+
+import math
+
+import torch
+
+SLICE_BYTES = 8 << 20  # logits held at once; 8 MB stay in a CPU's cache (measured fastest on two cores of an EPYC)
+
+
+def slice_rows(vocab_size: int, slice_bytes: int = SLICE_BYTES) -> int:
+    """How many tokens' float32 logits fit into ``slice_bytes``."""
+    return max(1, slice_bytes // (4 * vocab_size))
+
+
+def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+    """float32 logits [T, V] of hidden [T, H] and lm_head [V, H]; half-precision products accumulate into float32."""
+    if hidden.dtype == torch.float32:
+        return hidden @ lm_head.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
+    return hidden.float() @ lm_head.float().T
+
+
+def token_statistics(
+    logits: torch.Tensor, targets: torch.Tensor, entropy_topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll [T], entropy [T]) float32 from logits [T, V] float32 and targets [T] int64.
+
+    nll = logsumexp(z) - z[target]. entropy: of the softmax over the top K logits renormalised among themselves,
+    divided by ln K, in [0, 1]; NaN logits give NaN.
+    """
+    nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
+    return nll, topk_entropy(top_logits(logits, entropy_topk))
+
+
+def topk_entropy(top: torch.Tensor) -> torch.Tensor:
+    """Entropy over ln K of the softmax of ``top`` [T, K]."""
+    shifted = top - top[:, :1]
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    entropy = total.log() - (weights * shifted).sum(-1) / total
+    return (entropy / math.log(top.shape[-1])).clamp(0.0, 1.0)
+
+
+def top_logits(logits: torch.Tensor, k: int, group: int = 64) -> torch.Tensor:
+    """The k largest logits [T, k], descending.
+
+    The k largest values lie in the k groups with the largest maxima, so only those groups are searched: one read of the
+    logits and a small top-k, several times faster than torch.topk over the vocabulary.
+    """
+    tokens, vocab = logits.shape
+    if vocab % group or vocab // group <= k:
+        return logits.topk(k, dim=-1).values
+    grouped = logits.view(tokens, vocab // group, group)
+    groups = grouped.amax(-1).topk(k, dim=-1).indices
+    candidates = grouped.gather(1, groups[..., None].expand(-1, -1, group))
+    return candidates.flatten(1).topk(k, dim=-1).values
+
+
+class Reference:
+    """The whole model's distribution on a slice of tokens, to which other models' logits are compared."""
+
+    def __init__(self, logits: torch.Tensor):
+        log_normaliser = torch.logsumexp(logits, dim=-1)
+        self.top1 = logits.argmax(-1)
+        self.probabilities = (logits - log_normaliser[:, None]).exp()
+        self.negative_entropy = torch.linalg.vecdot(self.probabilities, logits) - log_normaliser
+
+    def compare(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(KL(reference, other) [T] in nats over the full vocabulary, whether the arg-max is the same [T])."""
+        cross = torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(self.probabilities, logits)
+        return (self.negative_entropy + cross).clamp(min=0.0), logits.argmax(-1) == self.top1

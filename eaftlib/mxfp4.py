@@ -1,0 +1,66 @@
+"""MXFP4 (OCP Microscaling): 32 four-bit floats (E2M1) share one power-of-two scale (E8M0).
+
+Layout as in gpt-oss checkpoints: ``blocks`` uint8 [..., G, 16] holds 32 values a group, the even one of each pair in
+the low nibble; ``scales`` uint8 [..., G] holds the exponent plus 127.
+"""
+
+import torch
+
+from .errors import CheckpointError
+
+GROUP = 32
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
+_SCALE_BIAS = 127
+
+
+def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values [..., G * 32] in ``dtype``, on the blocks' device. Exact in bfloat16 and wider.
+
+    Raises CheckpointError when blocks and scales do not fit together.
+    """
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, GROUP // 2):
+        raise CheckpointError(
+            f"MXFP4 blocks {tuple(blocks.shape)} {blocks.dtype} do not fit scales {tuple(scales.shape)} {scales.dtype}: "
+            f"expected uint8 [..., G, {GROUP // 2}] and uint8 [..., G]. The checkpoint is damaged; fetch it again."
+        )
+    pairs = _byte_table(dtype, blocks.device)[blocks.int()]  # [..., G, 16, 2]
+    exponents = (scales.int() - _SCALE_BIAS)[..., None, None]
+    return torch.ldexp(pairs, exponents).to(dtype).flatten(-3)
+
+
+def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks and scales nearest to ``values`` [..., G * 32], each group's scale chosen for the least squared error.
+
+    The candidates are the exponent that keeps the group's largest magnitude below 8 (it may saturate at 6) and the
+    next one up; values round to the nearest E2M1 number, halves to the even code.
+    """
+    groups = values.float().unflatten(-1, (-1, GROUP))
+    peak = groups.abs().amax(-1, keepdim=True)
+    low = torch.floor(torch.log2(peak.clamp(min=2.0**-100))) - _E2M1_MAX_EXPONENT
+    candidates = [(_nearest_codes(torch.ldexp(groups, -e)), e) for e in (low, low + 1)]
+    magnitudes = torch.tensor(_E2M1, device=values.device)
+    errors = [(torch.ldexp(magnitudes[c], e) - groups.abs()).square().sum(-1, keepdim=True) for c, e in candidates]
+    (codes_low, _), (codes_high, high) = candidates
+    use_high = errors[1] < errors[0]
+    codes = torch.where(use_high, codes_high, codes_low)
+    codes = codes + 8 * (groups.signbit() & (codes > 0))
+    scales = torch.where(use_high, high, low).squeeze(-1) + _SCALE_BIAS
+    blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return blocks.to(torch.uint8), scales.to(torch.uint8)
+
+
+def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes 0..7 nearest to |scaled|; a value halfway between two goes to the even code."""
+    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(_E2M1, _E2M1[1:])], device=scaled.device)
+    magnitude = scaled.abs().contiguous()
+    below = torch.bucketize(magnitude, midpoints)  # a midpoint stays with the code below it
+    above = torch.bucketize(magnitude, midpoints, right=True)
+    return torch.where(below % 2 == 0, below, above).clamp(max=7)
+
+
+def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[256, 2]: the two values of every byte, low nibble first. Scaled in float32 unless dtype is already exact."""
+    values = torch.tensor([*_E2M1, *(-v for v in _E2M1)], dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)

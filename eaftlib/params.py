@@ -1,0 +1,166 @@
+"""Typed parameters of the notebooks. An unknown name, a wrong type or an impossible value is an error before any work."""
+
+import ast
+import difflib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ParameterError
+
+MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rows = Literal["all", "calib", "eval"]
+
+
+class Parameters(BaseModel):
+    """Base of one notebook's parameters; field names are the notebook's fixed parameter names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @classmethod
+    def check(cls, values: dict[str, Any]) -> Self:
+        """Raises ParameterError that names the first bad parameter, what was found and what was expected."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "parameters"
+            if first["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(name.split(".")[-1], cls.model_fields, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ParameterError(
+                    f"unknown parameter {name!r}.{hint} Known: {', '.join(cls.model_fields)}"
+                ) from None
+            found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+            raise ParameterError(f"{name}: {first['msg'].removeprefix('Value error, ')}{found}") from None
+
+    @classmethod
+    def from_notebook(cls, shell) -> Self:
+        """Parameters of the running notebook; ``shell`` is ``get_ipython()``.
+
+        Values come from its namespace. Every name set in the latest cell of parameters counts, so that a misspelt one
+        is found although the notebook defines a default under the right name.
+        """
+        namespace, executed = shell.user_ns, shell.user_ns["In"]
+        names = set(cls.model_fields)
+        names |= _assigned_names(next((cell for cell in reversed(executed) if cell.lstrip().startswith(MARK)), ""))
+        return cls.check({name: namespace[name] for name in names if name in namespace})
+
+
+class Rank(Parameters):
+    """01_rank"""
+
+    model: str
+    packs: str
+    pack_files: list[str] | None
+    rows: Rows
+    seq_len: Positive
+    num_blocks: Positive
+    criteria: list[str]
+    entropy_topk: Annotated[int, Field(ge=2)]
+    cc_quantile: Share
+    w_good: float
+    w_uncertain: float
+    w_conflict: float
+    align: Literal["predictor", "token"]
+    device: str
+    dtype: str
+    seed: int
+    out_dir: str
+
+
+class KeepSetParameters(Parameters):
+    """How the experts that stay are chosen."""
+
+    ranking: str
+    criterion: str
+    keep_frac: float | None = None
+    keep_n: int | None = None
+    multiple_of: int = 4
+    core_top_m: int = 0
+
+
+class Prune(KeepSetParameters):
+    """02_prune"""
+
+    model: str
+    out_dir: str
+
+    @property
+    def keep_set(self) -> dict[str, Any]:
+        return self.model_dump(include=set(KeepSetParameters.model_fields))
+
+
+class LabelledKeepSet(Parameters):
+    """One entry of a list of keep-sets; only a label: the whole model, scored in the same pass."""
+
+    label: str
+    ranking: str | None = None
+    criterion: str | None = None
+    keep_frac: float | None = None
+    keep_n: int | None = None
+    multiple_of: int = 4
+    core_top_m: int = 0
+
+    @model_validator(mode="after")
+    def _whole_or_complete(self) -> Self:
+        chosen = {name for name in ("ranking", "criterion", "keep_frac", "keep_n") if getattr(self, name) is not None}
+        if chosen and not {"ranking", "criterion"} <= chosen:
+            raise ValueError(f"keep_set {self.label!r} needs ranking and criterion; it has {sorted(chosen)}")
+        return self
+
+    @property
+    def keep_set(self) -> dict[str, Any] | None:
+        return None if self.ranking is None else self.model_dump(exclude={"label"})
+
+
+class Evaluate(Parameters):
+    """03_evaluate"""
+
+    model: str
+    label: str
+    keep_set: KeepSetParameters | list[LabelledKeepSet] | None
+    packs: str
+    pack_files: list[str] | None
+    only: list[str] | None
+    rows: Rows
+    seq_lens: Annotated[list[Positive], Field(min_length=1)]
+    num_blocks: Positive
+    entropy_topk: Annotated[int, Field(ge=2)]
+    cc_quantile: Share
+    device: str
+    dtype: str
+    out_dir: str
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        labels = list(self.keep_sets)
+        if isinstance(self.keep_set, list) and len(labels) < len(self.keep_set):
+            raise ValueError("keep_set: two entries share a label")
+        return self
+
+    @property
+    def keep_sets(self) -> dict[str, dict[str, Any] | None]:
+        """Label -> arguments of keepsets.from_ranking, or None for the whole model."""
+        if isinstance(self.keep_set, list):
+            return {entry.label: entry.keep_set for entry in self.keep_set}
+        return {self.label: self.keep_set and self.keep_set.model_dump()}
+
+
+class Report(Parameters):
+    """04_report"""
+
+    results: Annotated[list[str], Field(min_length=1)]
+    baseline: str
+    gates: str
+    out_dir: str
+
+
+def _assigned_names(source: str) -> set[str]:
+    tree = ast.parse(source)
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return {t.id for t in targets if isinstance(t, ast.Name)}

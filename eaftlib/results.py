@@ -1,0 +1,164 @@
+"""Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .errors import ResultError
+from .statistics import Tokens
+
+SCHEMA = "eaft-result/1"
+_TOKEN_COLUMNS = {
+    "pack": pa.dictionary(pa.int8(), pa.string()),
+    "seq_len": pa.int32(),
+    "block": pa.int32(),
+    "position": pa.int32(),
+    "nll": pa.float32(),
+    "entropy": pa.float32(),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's result as read from disk. ``content`` has the file's shape, see the README."""
+
+    path: Path
+    label: str
+    content: dict
+
+    @property
+    def meta(self) -> dict:
+        return self.content["meta"]
+
+    @property
+    def binned(self) -> bool:
+        """Whether thresholds come from histogram bins: a file of the earlier shape, without schema."""
+        return "schema" not in self.content
+
+    @property
+    def entries(self) -> dict[tuple[str, int], dict]:
+        """(pack, seq_len) -> {rows_seen, rows_sha256, model}."""
+        return {
+            (pack["pack"], int(length)): entry
+            for pack in self.content["packs"]
+            for length, entry in pack["seq"].items()
+        }
+
+    @cached_property
+    def _token_table(self) -> pa.Table | None:
+        path = tokens_path(self.path)
+        return pq.read_table(path) if path.is_file() else None
+
+    def tokens(self, pack: str, seq_len: int) -> Tokens | None:
+        """Per-token values, or None where only the JSON is at hand. Raises ResultError if they do not belong to it."""
+        if self._token_table is None:
+            return None
+        table = self._token_table
+        rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
+        expected = self.entries[pack, seq_len]["model"]["kept_tokens"]
+        if rows.num_rows != expected:
+            raise ResultError(
+                f"{tokens_path(self.path)}: {rows.num_rows} tokens for pack {pack}, seq_len {seq_len}; the JSON says "
+                f"{expected}. The two files are of different runs; evaluate again."
+            )
+        return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
+
+
+def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int], Tokens]) -> Path:
+    """``<label>.tokens.parquet``, then ``<label>.json``: a JSON that exists is complete. Returns its path."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f"{label}.json"
+    tables = []
+    for (pack, seq_len), part in tokens.items():
+        columns = {
+            "pack": np.full(len(part.nll), pack),
+            "seq_len": np.full(len(part.nll), seq_len),
+            "block": part.block,
+            "position": part.position,
+            "nll": part.nll,
+            "entropy": part.entropy,
+        }
+        tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _TOKEN_COLUMNS.items()}))
+    table = pa.concat_tables(tables).unify_dictionaries()
+    write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    write_json(path, content)
+    return path
+
+
+def read(path: str | Path) -> Result:
+    """Read and validate one result JSON, of this shape or the earlier one. Raises ResultError naming what is wrong."""
+    from pydantic import ValidationError
+
+    from .schema import ResultFile
+
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        ResultFile.model_validate(content)
+    except FileNotFoundError:
+        raise ResultError(f"{path} does not exist; run 03_evaluate first") from None
+    except json.JSONDecodeError as error:
+        raise ResultError(
+            f"{path} is not JSON ({error}); it was cut short or is not a result. Evaluate again."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ResultError(
+            f"{path} is not a valid result: {where}: {first['msg']} ({error.error_count()} problems). Evaluate again."
+        ) from error
+    return Result(path, content["meta"].get("label", path.stem), content)
+
+
+def read_all(sources: list[str]) -> list[Result]:
+    """Results of files and folders, in order; a folder gives every ``*.json`` in it that holds ``packs``, sorted."""
+    found: list[Result] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            files = [f for f in sorted(source.glob("*.json")) if "packs" in json.loads(f.read_text())]
+            if not files:
+                raise ResultError(f"{source} holds no result JSON; run 03_evaluate with this out_dir first")
+        else:
+            files = [source]
+        found += map(read, files)
+    labels = [r.label for r in found]
+    if len(set(labels)) < len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise ResultError(
+            f"results: label {twice[0]!r} occurs in {[str(r.path) for r in found if r.label == twice[0]]}"
+        )
+    return found
+
+
+def tokens_path(result: Path) -> Path:
+    return result.with_name(f"{result.stem}.tokens.parquet")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomic; non-finite numbers are refused, since JSON has none."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,170 @@
+"""Structural pruning: a checkpoint without the removed experts, cut in the stored format and written as a stream."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from .checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
+from .errors import CheckpointError
+from .keepsets import KeepSet
+from .results import write_json
+
+SHARD_BYTES = 1 << 30  # peak memory is one shard and one tensor: under 2 GB for gpt-oss-20b
+MANIFEST = "prune_manifest.json"
+MAPPING = "expert_mapping.json"
+MANIFEST_SCHEMA = "eaft-prune/1"
+_NOT_COPIED = {"config.json", INDEX_FILE, "README.md", MANIFEST, MAPPING}  # a card describes the model it came with
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all tensors, and of the experts' among them."""
+
+    total: int
+    experts: int
+
+
+def checkpoint_sizes(checkpoint: Checkpoint, keep_n: int | None = None) -> Sizes:
+    """Bytes of the checkpoint, or of what would be left with ``keep_n`` experts a layer."""
+    kept = checkpoint.num_experts if keep_n is None else keep_n
+    total = experts = 0
+    for name in checkpoint.names:
+        size = checkpoint.tensor(name).nbytes
+        if is_expert_tensor(name):
+            size = size // checkpoint.num_experts * kept
+            experts += size
+        total += size
+    return Sizes(total, experts)
+
+
+def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: bool = True) -> dict:
+    """Write the checkpoint with only the kept experts to ``out_dir`` and return its manifest.
+
+    Everything goes to a temporary folder beside it that is renamed at the end. Raises CheckpointError when out_dir
+    exists or the disk lacks the space; nothing is left behind then.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise CheckpointError(
+            f"{out_dir} exists already; pruning never overwrites. Choose another out_dir or remove it."
+        )
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    sizes = checkpoint_sizes(checkpoint, keep.keep_n)
+    free = shutil.disk_usage(out_dir.parent).free
+    if free < sizes.total * 1.02:
+        raise CheckpointError(
+            f"{out_dir.parent} has {free / 1e9:.2f} GB free; the pruned checkpoint takes {sizes.total / 1e9:.2f} GB. "
+            "Free some space or choose another out_dir."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        manifest = _write(checkpoint, keep, temporary, sizes, progress)
+        temporary.chmod(0o755)
+        temporary.rename(out_dir)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return manifest
+
+
+def sliced(checkpoint: Checkpoint, keep: KeepSet, name: str) -> torch.Tensor:
+    """The stored tensor with the kept experts' rows only; tensors that do not count experts are returned whole."""
+    tensor = checkpoint.tensor(name)
+    if not is_expert_tensor(name) or keep.keep_n == checkpoint.num_experts:
+        return tensor
+    layer = int(name.split(".")[2])
+    return tensor[torch.from_numpy(keep.ids[layer])]
+
+
+def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, progress: bool) -> dict:
+    with ThreadPoolExecutor(1) as hasher:  # a shard is hashed, from the page cache, while the next one is cut
+        hashes: dict = {}
+
+        def finished(file: str) -> None:
+            hashes[file] = hasher.submit(_sha256, folder / file)
+
+        _write_shards(checkpoint, keep, folder, sizes, finished, progress)
+        for file in _write_other_files(checkpoint, keep, folder):
+            finished(file)
+        files = {file: future.result() for file, future in sorted(hashes.items())}
+    manifest = {
+        "schema": MANIFEST_SCHEMA,
+        "source": {"model_id": checkpoint.model_id, "model_sha256": checkpoint.sha256},
+        "num_experts_before": checkpoint.num_experts,
+        "num_experts_after": keep.keep_n,
+        "chosen_by": keep.chosen_by,
+        "bytes_before": checkpoint_sizes(checkpoint).total,
+        "bytes_after": sizes.total,
+        "sha256": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _write_shards(
+    checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, finished: Callable[[str], None], progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    shards = _plan_shards(checkpoint, keep)
+    weight_map = {}
+    with tqdm(total=sizes.total, unit="B", unit_scale=True, desc="prune", disable=not progress) as bar:
+        for i, names in enumerate(shards, start=1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: sliced(checkpoint, keep, name) for name in names}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
+            weight_map |= dict.fromkeys(names, file)
+            finished(file)
+            bar.update(sum(t.nbytes for t in tensors.values()))
+    index = {"metadata": {"total_size": sizes.total}, "weight_map": weight_map}
+    write_json(folder / INDEX_FILE, index)
+    finished(INDEX_FILE)
+
+
+def _plan_shards(checkpoint: Checkpoint, keep: KeepSet) -> list[list[str]]:
+    shards: list[list[str]] = []
+    filled = SHARD_BYTES
+    for name in checkpoint.names:
+        size = checkpoint.tensor(name).nbytes
+        if is_expert_tensor(name):
+            size = size // checkpoint.num_experts * keep.keep_n
+        if filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_other_files(checkpoint: Checkpoint, keep: KeepSet, folder: Path) -> list[str]:
+    written = []
+    for source in sorted(checkpoint.folder.iterdir()):
+        if source.is_file() and source.suffix != ".safetensors" and source.name not in _NOT_COPIED:
+            shutil.copyfile(source, folder / source.name)
+            written.append(source.name)
+    settings = json.loads((checkpoint.folder / "config.json").read_text())
+    write_json(folder / "config.json", settings | {"num_local_experts": keep.keep_n})
+    mapping = {str(layer): {str(new): int(old) for new, old in enumerate(ids)} for layer, ids in enumerate(keep.ids)}
+    write_json(folder / MAPPING, mapping)
+    return [*written, "config.json", MAPPING]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_all(checkpoint: Checkpoint) -> KeepSet:
+    """The keep-set that removes nothing."""
+    ids = np.tile(np.arange(checkpoint.num_experts), (checkpoint.num_layers, 1))
+    return KeepSet(ids, checkpoint.num_experts, {"criterion": None, "keep_n": checkpoint.num_experts})
