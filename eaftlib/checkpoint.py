@@ -1,7 +1,6 @@
 """A gpt-oss checkpoint on disk: found, verified before use, and read one layer at a time."""
 
 import hashlib
-import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 
 from . import attention, experts, mxfp4
 from .errors import CheckpointError
+from .files import read_json
 
 SUPPORTED = {"gpt_oss": "openai/gpt-oss-20b, openai/gpt-oss-120b and checkpoints of their layout"}
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,6 +54,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
+        self._require_tokenizer_file()
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         if not tokenizer.is_fast or tokenizer.eos_token_id is None:
             raise CheckpointError(f"{self.folder}: scoring needs a fast tokenizer (for offsets) with an EOS token")
@@ -61,10 +62,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(self._require_tokenizer_file().read_bytes()).hexdigest()
 
     @cached_property
     def sha256(self) -> str:
@@ -119,6 +117,12 @@ class Checkpoint:
 
     def rotary(self, device: torch.device) -> GptOssRotaryEmbedding:
         return GptOssRotaryEmbedding(self.config).to(device)
+
+    def _require_tokenizer_file(self) -> Path:
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
+        return file
 
     def _slice(self, name: str):
         return self._shards[self._shard_of[name]].get_slice(name)
@@ -194,7 +198,7 @@ def _read_config(folder: Path) -> GptOssConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    settings = json.loads(file.read_text())
+    settings = read_json(file, CheckpointError, "fetch the checkpoint again")
     if settings.get("model_type") not in SUPPORTED:
         raise CheckpointError(
             f"{folder}: model_type is {settings.get('model_type')!r}; supported: "
@@ -210,7 +214,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file."""
     index = folder / INDEX_FILE
     if index.is_file():
-        shard_of = json.loads(index.read_text())["weight_map"]
+        shard_of = read_json(index, CheckpointError, "fetch the checkpoint again")["weight_map"]
         for file in sorted(set(shard_of.values())):
             if not (folder / file).is_file():
                 missing = sum(f == file for f in shard_of.values())

@@ -46,7 +46,10 @@ def compare(candidate: Result, baseline: Result, pack: str, seq_len: int, seed: 
     binned = candidate.binned or baseline.binned or tokens_c is None or tokens_b is None
     rng = np.random.default_rng(seed)
     if binned:
-        cc_at_base, cc_blocks = _binned_conflict_rate(cand["hist2d_x_H"], base["p_thr"], base["h_thr"]), None
+        cc_at_base, cc_base = (
+            _binned_conflict_rate(m["hist2d_x_H"], base["p_thr"], base["h_thr"]) for m in (cand, base)
+        )
+        cc_blocks = None
         floor = _analytic_floor(cand, base)
     else:
         if not (
@@ -54,14 +57,14 @@ def compare(candidate: Result, baseline: Result, pack: str, seq_len: int, seed: 
         ):
             raise ResultError(f"{candidate.label} and {baseline.label} kept different tokens of {pack} at {seq_len}")
         hit = conflicts(tokens_c.probability, tokens_c.entropy.astype(np.float64), base["p_thr"], base["h_thr"])
-        cc_at_base = float(hit.mean())
+        cc_at_base, cc_base = float(hit.mean()), base["cc_rate"]
         cc_blocks = np.bincount(tokens_c.block, hit, minlength=len(cand["blocks"]["kept"]))
         cells_c, cells_b = (cells(t.probability, t.entropy) for t in (tokens_c, tokens_b))
         floor = swap_floor(cells_c, cells_b, rng)
     intervals = _intervals(cand.get("blocks"), base.get("blocks"), cc_blocks, rng)
     return Comparison(
         ppl=Delta(cand["ppl"] - base["ppl"], intervals.get("ppl")),
-        cc=Delta(cc_at_base - base["cc_rate"], intervals.get("cc")),
+        cc=Delta(cc_at_base - cc_base, intervals.get("cc")),
         mean_prob=Delta(cand["mean_prob"] - base["mean_prob"], intervals.get("mean_prob")),
         mean_entropy=Delta(cand["mean_entropy"] - base["mean_entropy"], intervals.get("mean_entropy")),
         js2d=js_divergence(cand["hist2d_x_H"]["counts"], base["hist2d_x_H"]["counts"]),
@@ -122,10 +125,14 @@ def _analytic_floor(cand: dict, base: dict) -> float:
 
 
 def _binned_conflict_rate(hist: dict, p_thr: float, h_thr: float) -> float:
+    """Share of tokens under both thresholds, a bin that a threshold cuts counted by the part below it."""
     counts = np.asarray(hist["counts"]).reshape(hist["xbins"], hist["ybins"])
-    x, y = (np.asarray(hist[k]) for k in ("x_edges", "y_edges"))
-    low_p, low_h = ((e[:-1] + e[1:]) / 2 <= thr for e, thr in ((x, p_thr), (y, h_thr)))
-    return float(counts[np.ix_(low_p, low_h)].sum() / counts.sum())
+
+    def below(edges, threshold):
+        edges = np.asarray(edges)
+        return np.clip((threshold - edges[:-1]) / np.diff(edges), 0, 1)
+
+    return float(below(hist["x_edges"], p_thr) @ counts @ below(hist["y_edges"], h_thr) / counts.sum())
 
 
 def _intervals(cand: dict | None, base: dict | None, cc_blocks: np.ndarray | None, rng: np.random.Generator) -> dict:

@@ -1,8 +1,8 @@
 """Evaluate a model, or many keep-sets of it in one pass, on packs and sequence lengths."""
 
-import json
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,11 @@ import transformers
 
 from . import __version__, forward, results
 from .checkpoint import Checkpoint
-from .errors import ParameterError
+from .errors import CheckpointError, ParameterError
+from .files import read_json
 from .keepsets import KeepSet
 from .packs import Blocks, PackSource, pack_blocks
-from .slicing import MANIFEST
+from .slicing import MANIFEST, checkpoint_sizes
 from .statistics import Tokens, aggregate
 
 
@@ -37,7 +38,7 @@ def evaluate(
 
     Every pack and sequence length is one pass over the weights that serves all keep-sets. Returns the JSON paths.
     """
-    _check_lengths(checkpoint, seq_lens)
+    _check(checkpoint, keep_sets, seq_lens, entropy_topk)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
     jobs = [
@@ -83,11 +84,17 @@ def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
     return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
 
 
-def _check_lengths(checkpoint: Checkpoint, seq_lens: Sequence[int]) -> None:
+def _check(checkpoint: Checkpoint, labels: Iterable[str], seq_lens: Sequence[int], entropy_topk: int) -> None:
+    """What would otherwise fail only after the pass, or write outside its folder."""
+    for label in labels:
+        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
+            raise ParameterError(f"label: found {label!r}; it names files: letters, digits, '_', '.', '+', '-' only")
     longest = checkpoint.config.max_position_embeddings
     for length in seq_lens:
         if not 2 <= length <= longest:
             raise ParameterError(f"seq_lens: found {length}, expected 2 to {longest}, the model's longest context")
+    if not 2 <= entropy_topk <= checkpoint.config.vocab_size:
+        raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {checkpoint.config.vocab_size}")
 
 
 def _meta(
@@ -108,6 +115,7 @@ def _meta(
         "tokenizer_sha256": checkpoint.tokenizer_sha256,
         "num_experts": checkpoint.num_experts,
         "top_k": checkpoint.top_k,
+        "bytes_total": checkpoint_sizes(checkpoint, keep and keep.keep_n).total,
         "keep_set": keep.chosen_by if keep else _pruned_by(checkpoint),
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
@@ -126,4 +134,4 @@ def _meta(
 def _pruned_by(checkpoint: Checkpoint) -> dict | None:
     """How a pruned checkpoint's experts were chosen, from the manifest that pruning left in it."""
     manifest = checkpoint.folder / MANIFEST
-    return json.loads(manifest.read_text())["chosen_by"] if manifest.is_file() else None
+    return read_json(manifest, CheckpointError, "prune again")["chosen_by"] if manifest.is_file() else None

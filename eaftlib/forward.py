@@ -1,5 +1,6 @@
 """One pass of a model over blocks: layer by layer, several keep-sets at once, statistics of every kept token."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         reasons.append("a GPU is present" if device == "cuda" else "no GPU is present")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ParameterError(f"device: found {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ParameterError(f"device: {device!r} was asked for, but PyTorch sees no GPU. Use 'auto' or 'cpu'.")

@@ -1,15 +1,16 @@
 """Near-lossless gates: limits on what pruning may change, and the verdict on a candidate."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .compare import Comparison, compare
 from .errors import ParameterError
+from .files import read_json
 from .results import Result
 
 SCHEMA = "eaft-gates/1"
 PASS, FAIL, UNDECIDED, INCOMPLETE = "PASS", "FAIL", "UNDECIDED", "INCOMPLETE"
+ROUNDING = 1e-9  # a difference of decimals that equals its limit passes in floating point too
 LIMITS = ("ppl_absolute", "ppl_relative", "cc_rate", "mean_prob", "js2d")
 
 
@@ -46,20 +47,23 @@ class Verdict:
     status: str
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
-    comparisons: dict[int, Comparison]
+    comparisons: dict[int, Comparison]  # per primary sequence length
+
+    def status_at(self, seq_len: int) -> str:
+        return _worst({c.status for c in self.checks if c.seq_len == seq_len})
 
 
 def read_gates(path: str | Path) -> Gates:
-    path = Path(path)
-    if not path.is_file():
-        raise ParameterError(f"gates: {path} does not exist; the project's own are in params/gates/")
-    content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA or set(content.get("limits", {})) != set(LIMITS):
+    """Raises ParameterError when the file is not a set of gates with every limit and a primary sequence length."""
+    content = read_json(Path(path), ParameterError, "gates: the project's own are in params/gates/")
+    limits = content.get("limits", {})
+    complete = {"schema", "name", "primary_pack", "primary_seq_lens", "limits"} <= set(content)
+    if not complete or content["schema"] != SCHEMA or set(limits) != set(LIMITS) or not content["primary_seq_lens"]:
         raise ParameterError(
-            f"gates: {path} has schema {content.get('schema')!r} and limits {sorted(content.get('limits', {}))}; expected "
-            f"{SCHEMA!r} and {sorted(LIMITS)}"
+            f"gates: {path} has {content}; expected schema {SCHEMA!r}, a name, a primary_pack, primary_seq_lens and limits "
+            f"for {', '.join(LIMITS)}"
         )
-    return Gates(content["name"], content["primary_pack"], tuple(content["primary_seq_lens"]), content["limits"])
+    return Gates(content["name"], content["primary_pack"], tuple(content["primary_seq_lens"]), limits)
 
 
 def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
@@ -76,12 +80,15 @@ def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
         base_ppl = baseline.entries[gates.primary_pack, seq_len]["model"]["ppl"]
         comparisons[seq_len] = comparison
         checks += _checks(comparison, gates, seq_len, base_ppl)
-    statuses = {c.status for c in checks}
-    status = next((s for s in (FAIL, UNDECIDED) if s in statuses), INCOMPLETE if reasons else PASS)
+    status = _worst({c.status for c in checks} | ({INCOMPLETE} if reasons else set()))
     reasons += [c.reason for c in checks if c.reason]
     if saw_its_rows(candidate):
         reasons.append("its experts were chosen on rows that it is judged on")
     return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
+
+
+def _worst(statuses: set[str]) -> str:
+    return next((s for s in (FAIL, INCOMPLETE, UNDECIDED, PASS) if s in statuses), INCOMPLETE)
 
 
 def saw_its_rows(result: Result) -> bool:
@@ -101,7 +108,7 @@ def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float)
     )
     checks = []
     for gate, delta, limit, form in deltas:
-        status = PASS if abs(delta.value) <= limit else FAIL
+        status = PASS if abs(delta.value) <= limit + ROUNDING else FAIL
         reason = ""
         if status == FAIL:
             reason = f"{gate} at {seq_len}: {delta.value:+{form}}, limit {limit:{form}}"
@@ -115,9 +122,9 @@ def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float)
 def _js_check(comparison: Comparison, limit: float, seq_len: int) -> Check:
     """JS2D is biased upward on small evaluations: above the limit by no more than its noise floor, it decides nothing."""
     value, floor = comparison.js2d, comparison.js2d_floor
-    if value <= limit:
+    if value <= limit + ROUNDING:
         return Check("JS2D", seq_len, value, limit, PASS, "")
-    if value - floor <= limit:
+    if value - floor <= limit + ROUNDING:
         reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}: too few tokens to decide"
         return Check("JS2D", seq_len, value, limit, UNDECIDED, reason)
     reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}"

@@ -1,6 +1,5 @@
 """From a ranking to the set of experts that stay in each layer."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from .checkpoint import Checkpoint
 from .errors import ParameterError, ResultError
+from .files import read_json
 from .saliency import SCHEMA, sums_by_layer
 
 
@@ -95,9 +95,7 @@ def read_ranking(path: str | Path) -> dict:
     """ranking.json, given as the file or its folder. Raises ResultError when it is not one."""
     path = Path(path)
     file = path / "ranking.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ResultError(f"ranking: {file} does not exist; run 01_rank first")
-    ranking = json.loads(file.read_text())
+    ranking = read_json(file, ResultError, "run 01_rank (again)")
     if ranking.get("schema") != SCHEMA:
         raise ResultError(f"ranking: {file} has schema {ranking.get('schema')!r}, expected {SCHEMA!r}")
     return ranking
@@ -133,6 +131,8 @@ def from_ranking(
     core = None
     if core_top_m:
         folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
+        if not (folder / "saliency.parquet").is_file():
+            raise ResultError(f"core_top_m needs saliency.parquet beside {ranking}; copy it there or run 01_rank again")
         core = core_experts(pq.read_table(folder / "saliency.parquet"), core_top_m)
     ids = choose(np.array(content["criteria"][criterion]["ranking"]), count, core)
     chosen_by = {

@@ -4,6 +4,8 @@ Layout as in gpt-oss checkpoints: ``blocks`` uint8 [..., G, 16] holds 32 values 
 the low nibble; ``scales`` uint8 [..., G] holds the exponent plus 127.
 """
 
+import itertools
+
 import torch
 
 from .errors import CheckpointError
@@ -52,7 +54,7 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
     """E2M1 codes 0..7 nearest to |scaled|; a value halfway between two goes to the even code."""
-    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(_E2M1, _E2M1[1:])], device=scaled.device)
+    midpoints = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(_E2M1)], device=scaled.device)
     magnitude = scaled.abs().contiguous()
     below = torch.bucketize(magnitude, midpoints)  # a midpoint stays with the code below it
     above = torch.bucketize(magnitude, midpoints, right=True)

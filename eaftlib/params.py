@@ -4,9 +4,10 @@ import ast
 import difflib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from .errors import ParameterError
+from .saliency import CRITERIA, RANDOM
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
@@ -59,12 +60,12 @@ class Rank(Parameters):
     rows: Rows
     seq_len: Positive
     num_blocks: Positive
-    criteria: list[str]
+    criteria: Annotated[list[Literal[*CRITERIA, RANDOM]], Field(min_length=1)]
     entropy_topk: Annotated[int, Field(ge=2)]
     cc_quantile: Share
-    w_good: float
-    w_uncertain: float
-    w_conflict: float
+    w_good: FiniteFloat
+    w_uncertain: FiniteFloat
+    w_conflict: FiniteFloat
     align: Literal["predictor", "token"]
     device: str
     dtype: str
@@ -107,9 +108,9 @@ class LabelledKeepSet(Parameters):
 
     @model_validator(mode="after")
     def _whole_or_complete(self) -> Self:
-        chosen = {name for name in ("ranking", "criterion", "keep_frac", "keep_n") if getattr(self, name) is not None}
-        if chosen and not {"ranking", "criterion"} <= chosen:
-            raise ValueError(f"keep_set {self.label!r} needs ranking and criterion; it has {sorted(chosen)}")
+        given = {name for name in self.model_fields_set - {"label"} if getattr(self, name) is not None}
+        if given and not {"ranking", "criterion"} <= given:
+            raise ValueError(f"keep_set {self.label!r} needs ranking and criterion; it has {sorted(given)}")
         return self
 
     @property
@@ -134,6 +135,13 @@ class Evaluate(Parameters):
     device: str
     dtype: str
     out_dir: str
+
+    @field_validator("keep_set", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [LabelledKeepSet.check(entry) if isinstance(entry, dict) else entry for entry in value]
+        return KeepSetParameters.check(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

@@ -1,9 +1,6 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import ResultError
+from .files import parse_json, read_json, write_atomically, write_json
 from .statistics import Tokens
 
 SCHEMA = "eaft-result/1"
@@ -56,20 +54,21 @@ class Result:
     @cached_property
     def _token_table(self) -> pa.Table | None:
         path = tokens_path(self.path)
-        return pq.read_table(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if _sha256(path) != self.meta.get("tokens_sha256"):
+            raise ResultError(
+                f"{path} is not the file that {self.path.name} was written with (its SHA-256 differs): an evaluation was "
+                "interrupted, or files of two runs were mixed. Evaluate again, or remove the parquet to use binned values."
+            )
+        return pq.read_table(path)
 
     def tokens(self, pack: str, seq_len: int) -> Tokens | None:
-        """Per-token values, or None where only the JSON is at hand. Raises ResultError if they do not belong to it."""
+        """Per-token values, or None where only the JSON is at hand. Raises ResultError if they are of another run."""
         if self._token_table is None:
             return None
         table = self._token_table
         rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
-        expected = self.entries[pack, seq_len]["model"]["kept_tokens"]
-        if rows.num_rows != expected:
-            raise ResultError(
-                f"{tokens_path(self.path)}: {rows.num_rows} tokens for pack {pack}, seq_len {seq_len}; the JSON says "
-                f"{expected}. The two files are of different runs; evaluate again."
-            )
         return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
 
 
@@ -90,6 +89,7 @@ def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int]
         tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _TOKEN_COLUMNS.items()}))
     table = pa.concat_tables(tables).unify_dictionaries()
     write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    content = content | {"meta": content["meta"] | {"tokens_sha256": _sha256(tokens_path(path))}}
     write_json(path, content)
     return path
 
@@ -101,15 +101,9 @@ def read(path: str | Path) -> Result:
     from .schema import ResultFile
 
     path = Path(path)
+    content = read_json(path, ResultError, "run 03_evaluate (again)")
     try:
-        content = json.loads(path.read_text())
         ResultFile.model_validate(content)
-    except FileNotFoundError:
-        raise ResultError(f"{path} does not exist; run 03_evaluate first") from None
-    except json.JSONDecodeError as error:
-        raise ResultError(
-            f"{path} is not JSON ({error}); it was cut short or is not a result. Evaluate again."
-        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -124,7 +118,7 @@ def read_all(sources: list[str]) -> list[Result]:
     found: list[Result] = []
     for source in map(Path, sources):
         if source.is_dir():
-            files = [f for f in sorted(source.glob("*.json")) if "packs" in json.loads(f.read_text())]
+            files = [f for f in sorted(source.glob("*.json")) if _holds_packs(f)]
             if not files:
                 raise ResultError(f"{source} holds no result JSON; run 03_evaluate with this out_dir first")
         else:
@@ -143,22 +137,11 @@ def tokens_path(result: Path) -> Path:
     return result.with_name(f"{result.stem}.tokens.parquet")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Atomic; non-finite numbers are refused, since JSON has none."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+def _holds_packs(path: Path) -> bool:
+    content = parse_json(path, ResultError, "remove it or run 03_evaluate again")
+    return isinstance(content, dict) and "packs" in content
 
 
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

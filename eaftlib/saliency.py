@@ -13,8 +13,8 @@ from . import forward
 from .checkpoint import Checkpoint
 from .errors import ParameterError, ResultError
 from .experts import ExpertProbe
+from .files import write_atomically, write_json
 from .packs import Blocks
-from .results import write_atomically, write_json
 
 SCHEMA = "eaft-ranking/1"
 ALIGNMENTS = ("predictor", "token")

@@ -8,6 +8,7 @@ from . import results
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Length = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -61,7 +62,7 @@ class SequenceEntry(_Part):
 
 class PackEntry(_Part):
     pack: str
-    seq: dict[str, SequenceEntry]
+    seq: dict[Length, SequenceEntry]
 
 
 class ResultFile(_Part):

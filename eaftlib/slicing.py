@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from .checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
 from .errors import CheckpointError
+from .files import write_json
 from .keepsets import KeepSet
-from .results import write_json
 
 SHARD_BYTES = 1 << 30  # peak memory is one shard and one tensor: under 2 GB for gpt-oss-20b
 MANIFEST = "prune_manifest.json"
@@ -57,14 +57,14 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
         raise CheckpointError(
             f"{out_dir} exists already; pruning never overwrites. Choose another out_dir or remove it."
         )
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     sizes = checkpoint_sizes(checkpoint, keep.keep_n)
-    free = shutil.disk_usage(out_dir.parent).free
+    free = shutil.disk_usage(next(p for p in out_dir.absolute().parents if p.exists())).free
     if free < sizes.total * 1.02:
         raise CheckpointError(
             f"{out_dir.parent} has {free / 1e9:.2f} GB free; the pruned checkpoint takes {sizes.total / 1e9:.2f} GB. "
             "Free some space or choose another out_dir."
         )
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         manifest = _write(checkpoint, keep, temporary, sizes, progress)

@@ -1,0 +1,60 @@
+# One environment, one way to run each step. `make demo` and `make test` set up whatever is missing.
+PY := .venv/bin/python
+READY := .venv/.ready
+DEMO := outputs/demo
+PARAMS ?=
+
+.PHONY: setup demo test check notebooks rank prune evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+
+setup: $(READY)
+
+$(READY): requirements.txt pyproject.toml
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q --no-deps -e .
+	touch $@
+
+# $(call execute,NOTEBOOK,PARAMS FILE): the executed copy goes to outputs/executed/, named after its parameters.
+executed = outputs/executed/$(patsubst params/%.yaml,%.ipynb,$(1))
+define execute
+	mkdir -p $(dir $(call executed,$(2)))
+	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)) -f $(2)
+endef
+
+# Rank once; evaluate the whole model and twenty keep-sets in one pass; prune and evaluate what was written; report.
+demo: $(READY)
+	rm -rf $(DEMO)
+	$(call execute,01_rank,params/demo/rank.yaml)
+	$(call execute,03_evaluate,params/demo/evaluate.yaml)
+	$(call execute,02_prune,params/demo/prune.yaml)
+	$(call execute,03_evaluate,params/demo/evaluate-pruned.yaml)
+	$(call execute,04_report,params/demo/report.yaml)
+	@$(PY) -m eaftlib summary $(DEMO)/report/verdict.json
+	@echo "Open $(DEMO)/report/report.html"
+
+test: $(READY)
+	$(PY) -m pytest
+
+# What a commit must pass besides the tests: style, and notebooks that are exactly their sources.
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m eaftlib notebooks --check
+
+notebooks: $(READY)
+	$(PY) -m eaftlib notebooks
+
+rank prune evaluate report: $(READY)
+	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS=params/MODEL/NAME.yaml"; exit 2; }
+	$(call execute,$(notebook_$@),$(PARAMS))
+notebook_rank := 01_rank
+notebook_prune := 02_prune
+notebook_evaluate := 03_evaluate
+notebook_report := 04_report
+
+bench: $(READY)
+	$(PY) bench/run.py
+
+clean:
+	rm -rf outputs/demo outputs/executed build *.egg-info .pytest_cache .ruff_cache

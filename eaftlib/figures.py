@@ -1,0 +1,166 @@
+"""Pictures of rankings, landscapes and keep-count curves. Every function returns a matplotlib Figure."""
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+COLORS = {
+    "eaft_reap": "#c0392b",
+    "reap_mass": "#2471a3",
+    "reap": "#8e44ad",
+    "ean": "#16a085",
+    "frequency": "#d68910",
+    "gate_mass": "#7f8c8d",
+    "random": "#95a5a6",
+}
+_OTHER_COLORS = ("#2c3e50", "#27ae60", "#b9770e", "#5b2c6f", "#1a5276")
+
+
+def color_of(criterion: str | None) -> str:
+    if criterion in COLORS:
+        return COLORS[criterion]
+    return _OTHER_COLORS[sum(map(ord, criterion or "")) % len(_OTHER_COLORS)]
+
+
+def saliency_map(scores: np.ndarray, criterion: str, keep: np.ndarray | None = None) -> Figure:
+    """Heat map of scores [L, E] as shares of their layer, experts sorted best first in each layer."""
+    share = np.clip(np.nan_to_num(scores), 0, None)
+    share = np.sort(share / share.sum(1, keepdims=True), axis=1)[:, ::-1]
+    figure, axes = _panel(9, 0.8 + 0.22 * max(8, len(share)))
+    image = axes.imshow(
+        share, aspect="auto", cmap="magma", norm=LogNorm(max(share[share > 0].min(), 1e-4), share.max())
+    )
+    if keep is not None:
+        axes.axvline(keep - 0.5, color="white", linewidth=1.2, linestyle="--")
+        axes.annotate(f"keep {keep}", (keep - 0.4, -0.6), fontsize=9, annotation_clip=False)
+    axes.set(xlabel="experts, best first", ylabel="layer")
+    axes.set_title(f"share of its layer's {criterion}", loc="right")
+    figure.colorbar(image, ax=axes, pad=0.02)
+    return figure
+
+
+def mass_concentration(scores: dict[str, np.ndarray]) -> Figure:
+    """Share of a layer's mass in its best k experts, mean over layers, per criterion; the diagonal is no preference."""
+    figure, axes = _panel(7, 4)
+    for name, values in scores.items():
+        ordered = np.sort(np.clip(np.nan_to_num(values), 0, None), axis=1)[:, ::-1]
+        share = np.cumsum(ordered, axis=1) / ordered.sum(1, keepdims=True)
+        k = np.arange(1, values.shape[1] + 1)
+        axes.plot(k, share.mean(0), label=name, color=color_of(name), linewidth=1.8)
+    axes.plot([0, k[-1]], [0, 1], color="#bbb", linewidth=1, linestyle=":")
+    axes.set(xlabel="experts kept per layer, best first", ylabel="share of the mass", xlim=(0, k[-1]), ylim=(0, 1.01))
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Figure:
+    """Share of the kept experts that two criteria have in common at ``keep_n``, over all layers."""
+    names = list(rankings)
+    kept = {n: [set(layer[:keep_n].tolist()) for layer in r] for n, r in rankings.items()}
+    common = np.array(
+        [[np.mean([len(a & b) / keep_n for a, b in zip(kept[x], kept[y], strict=True)]) for y in names] for x in names]
+    )
+    size = 1.6 + 0.62 * len(names)
+    figure, axes = _panel(size + 1.2, size)
+    axes.imshow(common, cmap="Blues", vmin=keep_n / rankings[names[0]].shape[1], vmax=1)
+    for (i, j), value in np.ndenumerate(common):
+        axes.text(
+            j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.87 else "black"
+        )
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_title(f"kept experts in common at keep {keep_n}", fontsize=10)
+    return figure
+
+
+def sizes(before: dict[str, int], after: dict[str, int]) -> Figure:
+    """Bytes of experts and of the rest, before and after pruning; both dicts have ``total`` and ``experts``."""
+    figure, axes = _panel(7, 1.9)
+    for y, part in enumerate((after, before)):
+        rest = part["total"] - part["experts"]
+        axes.barh(y, part["experts"] / 1e6, color="#2471a3", label="experts" if y else None)
+        axes.barh(y, rest / 1e6, left=part["experts"] / 1e6, color="#aab7b8", label="the rest" if y else None)
+        axes.text(part["total"] / 1e6, y, f"  {part['total'] / 1e6:,.2f} MB", va="center", fontsize=9)
+    axes.set_yticks([0, 1], ["after", "before"])
+    axes.set(xlabel="MB", xlim=(0, before["total"] / 1e6 * 1.2))
+    axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=2, bbox_to_anchor=(1, 1))
+    return figure
+
+
+def landscape(model: dict, title: str, baseline: dict | None = None) -> Figure:
+    """The (p, H) histogram of one result entry on a log scale, its thresholds drawn, conflicts in the lower left corner."""
+    figure, axes = _panel(6.2, 4.4)
+    hist = model["hist2d_x_H"]
+    counts = np.asarray(hist["counts"], float).reshape(hist["xbins"], hist["ybins"])
+    masked = np.ma.masked_equal(counts.T, 0)
+    image = axes.pcolormesh(hist["x_edges"], hist["y_edges"], masked, norm=LogNorm(1), cmap="viridis", rasterized=True)
+    lines = {"own thresholds": (model, "-", "#c0392b")}
+    if baseline is not None:
+        lines["baseline's thresholds"] = (baseline, "--", "#34495e")
+    for name, (entry, style, color) in lines.items():
+        axes.axvline(entry["p_thr"], color=color, linestyle=style, linewidth=1.2, label=name)
+        axes.axhline(entry["h_thr"], color=color, linestyle=style, linewidth=1.2)
+    axes.annotate(
+        f"confident conflicts {model['cc_rate']:.3%}",
+        (0.02, 0.02),
+        xycoords="axes fraction",
+        fontsize=8,
+        color="#c0392b",
+    )
+    axes.set(xlabel="p, probability of the token that came", ylabel="H, top-K entropy", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    figure.colorbar(image, ax=axes, pad=0.02, label="tokens")
+    return figure
+
+
+def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> Figure:
+    """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn.
+
+    rows: {criterion, keep_n, seq_len, dppl, low, high}; limits: dPPL gate per sequence length. Symlog above the gate.
+    """
+    figure = Figure(figsize=(4.9 * len(limits), 3.9), layout="constrained")
+    for axes, (seq_len, limit) in zip(
+        np.atleast_1d(figure.subplots(1, len(limits), sharey=True)), limits.items(), strict=True
+    ):
+        part = [r for r in rows if r["seq_len"] == seq_len]
+        for criterion in sorted({r["criterion"] for r in part}, key=lambda c: -sum(c == k for k in COLORS)):
+            line = sorted((r for r in part if r["criterion"] == criterion), key=lambda r: r["keep_n"])
+            x, y = [r["keep_n"] for r in line] + [num_experts], [r["dppl"] for r in line] + [0.0]
+            axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color_of(criterion), label=criterion)
+            bars = [r for r in line if r["low"] is not None]
+            axes.vlines(
+                [r["keep_n"] for r in bars],
+                [r["low"] for r in bars],
+                [r["high"] for r in bars],
+                color=color_of(criterion),
+            )
+        axes.axhspan(-limit, limit, color="#27ae60", alpha=0.15, linewidth=0)
+        axes.axhline(limit, color="#27ae60", linewidth=1.2)
+        axes.annotate(
+            f"gate {limit:.3f}",
+            (0.02, limit),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            va="bottom",
+            color="#1e8449",
+        )
+        axes.set_yscale("symlog", linthresh=limit, linscale=0.8)
+        axes.set(xlabel=f"experts kept of {num_experts}", title=f"{seq_len} tokens", ylim=(-limit, None))
+        axes.set_xticks(sorted({r["keep_n"] for r in part} | {num_experts}))
+        _tidy(axes)
+    figure.axes[0].set_ylabel("dPPL")
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _panel(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(10)

@@ -1,0 +1,48 @@
+"""Files that are either whole or absent, and JSON that explains itself when it cannot be read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import EaftError
+
+
+def read_json(path: Path, error: type[EaftError], advice: str) -> dict:
+    """The object in a JSON file; raises ``error`` with ``advice`` when it is missing, cut short or no object."""
+    content = parse_json(path, error, advice)
+    if not isinstance(content, dict):
+        raise error(f"{path} holds a JSON {type(content).__name__}, expected an object; {advice}")
+    return content
+
+
+def parse_json(path: Path, error: type[EaftError], advice: str) -> object:
+    """Whatever a JSON file holds."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; {advice}") from None
+    except json.JSONDecodeError as cause:
+        raise error(f"{path} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomic; non-finite numbers are refused, since JSON has none."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,123 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1 · Which experts matter, per layer?
+#
+# A Mixture-of-Experts model sends every token to a few of its experts. Some experts are asked often and loudly, some
+# hardly at all. This notebook lets the model read calibration text once, writes down what every expert did for every token,
+# and scores the experts by several criteria. The project's own, **EAFT-REAP**, sums `w · g · ‖f(x)‖` over the tokens
+# routed to an expert: router weight times the size of its output, weighted by whether the model was *sure and right* (+1),
+# *unsure* (+0.25) or *sure and wrong* (−2).
+#
+# It writes `ranking.json`, `saliency.parquet` and `trace.safetensors` to `out_dir`.
+
+# %% tags=["parameters"]
+# Parameters
+model = "demo/model"  # folder, or an id on the Hugging Face hub
+packs = "demo/packs"  # folder, Kaggle data set, or data set id on the hub
+pack_files = None  # None: every parquet file, sorted
+rows = "calib"  # all, calib or eval: choose experts and judge them on different rows
+seq_len = 2048
+num_blocks = 32
+criteria = ["eaft_reap", "reap_mass", "reap", "ean", "frequency", "random"]
+entropy_topk = 20
+cc_quantile = 0.15
+w_good = 1.0
+w_uncertain = 0.25
+w_conflict = -2.0
+align = "predictor"  # a token's weight goes to the experts that predicted it (position t-1)
+device = "auto"
+dtype = "auto"
+seed = 0
+out_dir = "outputs/demo/rank"
+
+# %%
+from pathlib import Path
+
+from IPython import get_ipython
+
+from eaftlib import figures, forward, params, project, saliency
+from eaftlib.checkpoint import Checkpoint
+from eaftlib.packs import UNION, PackSource, pack_blocks
+
+project.enter()
+p = params.Rank.from_notebook(get_ipython())
+
+# %% [markdown]
+# ## The model and the text
+#
+# Opening a checkpoint checks every header before any weight is read. The calibration text is UNION: rows of all packs in turn.
+
+# %%
+checkpoint = Checkpoint(p.model)
+source = PackSource(p.packs, p.pack_files)
+placement = forward.place(p.device, p.dtype)
+print(f"{checkpoint.num_layers} layers x {checkpoint.num_experts} experts, top {checkpoint.top_k}, on {placement}")
+
+# %%
+blocks = pack_blocks(source, UNION, checkpoint.tokenizer, seq_len=p.seq_len, num_blocks=p.num_blocks, rows=p.rows)
+print(
+    f"{len(blocks.tokens)} blocks of {p.seq_len} from {blocks.rows_seen} rows ({p.rows}): {blocks.kept.sum():,} tokens kept"
+)
+
+# %% [markdown]
+# ## One pass records everything
+#
+# Per kept token its probability and entropy; per routed pair the expert, its router weight and the norm of its output.
+# Criteria, weights and quantiles can be changed afterwards without the model: `saliency.Trace.load(...)`.
+
+# %%
+trace, run = saliency.trace(checkpoint, blocks, placement, entropy_topk=p.entropy_topk)
+trace.save(Path(p.out_dir) / "trace.safetensors")
+print(f"{run.seconds:.1f} s, {run.tokens_per_second:,.0f} tokens/s; {trace.expert.size:,} routed pairs")
+
+# %%
+weight = saliency.token_weights(trace, p.cc_quantile, saliency.RegionWeights(p.w_good, p.w_uncertain, p.w_conflict))
+sums = saliency.expert_sums(trace, weight, p.align)
+for name, value in (("good", p.w_good), ("uncertain", p.w_uncertain), ("conflict", p.w_conflict)):
+    print(f"{name:10} weight {value:+.2f}   {(weight == value).mean():8.3%} of tokens")
+
+# %% [markdown]
+# **Read from it:** conflicts are rare, so the negative weight can hardly move a rank by itself; what EAFT weighting mostly does is
+# to let the confident tokens count four times as much as the unsure ones.
+#
+# ## The ranking
+
+# %%
+settings = p.model_dump(include={"cc_quantile", "w_good", "w_uncertain", "w_conflict", "align"})
+ranking = saliency.ranking_of(trace, sums, p.criteria, settings=settings, seed=p.seed)
+saliency.write_ranking(Path(p.out_dir), ranking, sums)
+scores = {name: saliency.criterion_scores(sums, name, p.seed) for name in p.criteria}
+print(f"wrote {p.out_dir}/ranking.json  sha256 {ranking['provenance']['sha256'][:16]}")
+
+# %%
+keep_n = checkpoint.num_experts // 2
+figures.saliency_map(scores[p.criteria[0]], p.criteria[0], keep_n)
+
+# %% [markdown]
+# **Read from it:** a layer that is dark on the right has experts that hardly contribute; a layer of one colour needs them all.
+
+# %%
+figures.mass_concentration({name: s for name, s in scores.items() if name != "random"})
+
+# %% [markdown]
+# **Read from it:** the further a line bows above the diagonal, the more of that criterion's mass survives when few experts stay. Only
+# `03_evaluate` shows what it costs.
+
+# %%
+figures.criteria_agreement({n: saliency.rank_experts(s) for n, s in scores.items()}, keep_n)
+
+# %% [markdown]
+# **Read from it:** two criteria that keep the same experts cannot differ in quality. The `random` row shows what chance agrees on.

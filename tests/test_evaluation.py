@@ -1,0 +1,190 @@
+"""evaluate end to end: its files against forward passes and aggregates put together by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import world
+from test_forward import keep_masks, reference
+from test_saliency import quantile
+
+from eaftlib import evaluation, forward, results
+from eaftlib.checkpoint import Checkpoint
+from eaftlib.compare import compare
+from eaftlib.errors import EaftError, PackError, ParameterError
+from eaftlib.evaluation import evaluate
+from eaftlib.keepsets import KeepSet
+from eaftlib.packs import pack_blocks
+
+SETTINGS = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "rows": "all", "progress": False}
+
+
+def keep_set(mask, **chosen_by):
+    return KeepSet(np.stack([np.flatnonzero(m) for m in mask]), world.EXPERTS, {"criterion": "reap"} | chosen_by)
+
+
+@pytest.fixture(scope="module")
+def keep():
+    return keep_set(keep_masks(1, 4)[0], ranking_rows="calib", ranking_sha256="abc")
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, source, cpu, keep, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    written = evaluate(checkpoint, source, cpu, {"base": None, "half": keep}, out_dir=out, **SETTINGS)
+    assert written == [out / "base.json", out / "half.json"]
+    return out
+
+
+@pytest.mark.parametrize("label", ["base", "half"])
+@pytest.mark.parametrize("pack", ["UNION", "pack_a"])
+@pytest.mark.parametrize("seq_len", [24, 40])
+def test_every_number_follows_from_transformers_logits(folder, source, tokenizer, hf_model, keep, label, pack, seq_len):
+    blocks = pack_blocks(source, pack, tokenizer, seq_len=seq_len, num_blocks=3)
+    nll, entropy, _ = reference(hf_model, blocks, removed=~keep.mask if label == "half" else None)
+    found = results.read(folder / f"{label}.json")
+    entry = found.entries[pack, seq_len]
+    model, p = entry["model"], np.exp(-nll.numpy())
+    assert (entry["rows_seen"], entry["rows_sha256"]) == (blocks.rows_seen, blocks.rows_sha256)
+    assert model["kept_tokens"] == blocks.kept.sum() and model["blocks"]["kept"] == blocks.kept.sum(1).tolist()
+    close = {"rel": 1e-4, "abs": 1e-5}
+    assert model["mean_nll"] == pytest.approx(nll.mean().item(), **close)
+    assert model["ppl"] == pytest.approx(nll.mean().exp().item(), **close)
+    assert model["mean_prob"] == pytest.approx(p.mean(), **close)
+    assert model["mean_entropy"] == pytest.approx(entropy.mean().item(), **close)
+    assert model["p_thr"] == pytest.approx(quantile(p.tolist(), 0.15), **close)
+    assert model["h_thr"] == pytest.approx(quantile(entropy.tolist(), 0.15), **close)
+    tokens = found.tokens(pack, seq_len)
+    assert np.stack([tokens.block, tokens.position]).tolist() == np.stack(np.nonzero(blocks.kept)).tolist()
+    np.testing.assert_allclose(tokens.nll, nll, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tokens.entropy, entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_meta_holds_the_fixed_names(folder, checkpoint, source, keep):
+    meta = json.loads((folder / "half.json").read_text())["meta"]
+    expected = {
+        "label": "half",
+        "model_id": checkpoint.model_id,
+        "dataset_repo": source.source,
+        "pack_files": ["pack_a.parquet", "pack_b.parquet", "pack_c.parquet"],
+        "top_k": world.TOP_K,
+        "entropy_topk": 20,
+        "cc_quantile": 0.15,
+        "num_blocks": 3,
+        "seq_lens": [24, 40],
+        "rows": "all",
+        "gpu_name": None,
+        "keep_set": keep.chosen_by,
+    }
+    assert expected.items() <= meta.items()
+    assert {"engine", "torch", "transformers_version"} <= meta.keys()
+    assert json.loads((folder / "base.json").read_text())["meta"]["keep_set"] is None
+
+
+def test_a_result_entry_holds_the_fixed_names(folder):
+    model = results.read(folder / "half.json").entries["UNION", 24]["model"]
+    fixed = "ppl kept_tokens tok_s_pred mean_prob mean_entropy mean_nll var_nll p_thr h_thr cc_rate cc_count quadrants "
+    fixed += "hist2d_x_H hist1d_x hist1d_H blocks kl_to_base top1_agreement"
+    assert set(fixed.split()) <= model.keys()
+    assert set(model["quadrants"]) == {"LL", "LH", "HL", "HH"}
+
+
+def test_kl_and_agreement_are_means_over_kept_tokens(folder, source, tokenizer, hf_model, keep):
+    blocks = pack_blocks(source, "UNION", tokenizer, seq_len=40, num_blocks=3)
+    log_p, log_q = (reference(hf_model, blocks, removed=r)[2] for r in (None, ~keep.mask))
+    model = results.read(folder / "half.json").entries["UNION", 40]["model"]
+    assert model["kl_to_base"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
+    assert model["top1_agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
+
+
+def test_results_of_one_pass_compare(folder):
+    found = compare(results.read(folder / "half.json"), results.read(folder / "base.json"), "UNION", 40)
+    assert found.ppl.value != 0 and found.js2d > 0 and not found.binned
+
+
+def test_all_packs_and_union_unless_only_says_otherwise(checkpoint, source, cpu, tmp_path):
+    settings = SETTINGS | {"only": None, "seq_lens": [24], "num_blocks": 6}
+    (path,) = evaluate(checkpoint, source, cpu, {"base": None}, out_dir=tmp_path, **settings)
+    packs = [pack["pack"] for pack in json.loads(path.read_text())["packs"]]
+    assert sorted(packs) == ["UNION", "pack_a", "pack_b", "pack_c"]
+
+
+def test_calib_and_eval_rows_do_not_mix(checkpoint, source, cpu, tmp_path):
+    hashes = set()
+    for rows in ("calib", "eval", "all"):
+        settings = SETTINGS | {"rows": rows, "only": ["UNION"], "seq_lens": [24], "num_blocks": 12}
+        (path,) = evaluate(checkpoint, source, cpu, {rows: None}, out_dir=tmp_path, **settings)
+        result = results.read(path)
+        assert result.meta["rows"] == rows
+        hashes.add(result.entries["UNION", 24]["rows_sha256"])
+    assert len(hashes) == 3
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test as soon as a layer is read: bad input is to be found before."""
+    monkeypatch.setattr(Checkpoint, "layer", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(forward, "_Run", lambda *a: pytest.fail("a pass was started"))
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"only": ["UNION", "pack_z"]}, PackError, ["'pack_z'", "pack_a", "UNION"]),
+        ({"num_blocks": 4000}, PackError, ["4000 were asked for", "UNION"]),
+        ({"seq_lens": [24, 2048]}, ParameterError, ["seq_lens", "2048", "1024"]),
+        ({"seq_lens": [1]}, ParameterError, ["seq_lens", "found 1"]),
+        ({"rows": "test"}, PackError, ["rows", "'test'"]),
+        ({"entropy_topk": 600}, EaftError, ["entropy_topk", "600", "512"]),
+    ],
+)
+def test_bad_input_is_found_before_any_weight_is_read(
+    checkpoint, source, cpu, tmp_path, no_weights, change, error, words
+):
+    with pytest.raises(error) as raised:
+        evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path / "out", **(SETTINGS | change))
+    assert all(word in str(raised.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_without_an_assistant_is_found_before_any_weight_is_read(checkpoint, cpu, tmp_path, no_weights):
+    world.write_pack(tmp_path / "packs" / "mute.parquet", ["<|start|>user<|message|>" + "hello " * 200 + "<|end|>"])
+    with pytest.raises(PackError, match=r"pack mute .* none of 1 rows has an assistant message"):
+        evaluate(
+            checkpoint, evaluation.PackSource(str(tmp_path / "packs")), cpu, {"x": None},
+            out_dir=tmp_path / "out", **(SETTINGS | {"only": None}),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pass_that_fails_writes_nothing(checkpoint, source, cpu, tmp_path, monkeypatch):
+    score, calls = forward.score, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(forward, "score", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("label", ["../escaped", "a/b", ""])
+def test_a_label_that_is_no_file_name_is_refused(checkpoint, source, cpu, tmp_path, label):
+    settings = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
+    with pytest.raises(EaftError, match="label"):
+        evaluate(checkpoint, source, cpu, {label: None}, out_dir=tmp_path / "out" / "in", **settings)
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_a_pruned_checkpoint_says_how_it_was_chosen(checkpoint, source, cpu, keep, tmp_path):
+    from eaftlib.slicing import prune
+
+    prune(checkpoint, keep, tmp_path / "pruned", progress=False)
+    settings = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
+    (path,) = evaluate(Checkpoint(str(tmp_path / "pruned")), source, cpu, {"p": None}, out_dir=tmp_path, **settings)
+    meta = results.read(path).meta
+    assert meta["keep_set"] == keep.chosen_by and meta["num_experts"] == 4

@@ -1,0 +1,248 @@
+"""Verdicts on hand-made results at, just under and just over each limit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_results import random_tokens
+
+from eaftlib import gates as module
+from eaftlib.errors import ParameterError
+from eaftlib.gates import Gates, judge, read_gates, saw_its_rows
+from eaftlib.results import SCHEMA, Result
+from eaftlib.statistics import aggregate
+
+FILE = Path(__file__).parents[1] / "params" / "gates" / "near-lossless-v1.json"
+SEQ_LENS = (1024, 2048)
+
+
+@pytest.fixture(scope="module")
+def gates():
+    return read_gates(FILE)
+
+
+def histogram(counts):
+    """All tokens in the first cells of a 160 x 120 histogram."""
+    cells = [0] * (160 * 120)
+    for cell, count in counts.items():
+        cells[cell] = count
+    edges = {f"{axis}_edges": [i / n for i in range(n + 1)] for axis, n in (("x", 160), ("y", 120))}
+    return edges | {"counts": cells, "xbins": 160, "ybins": 120}
+
+
+def result(label, seq_lens=SEQ_LENS, pack="UNION", meta=(), **model):
+    """A result with exactly these aggregates; its histogram decides js2d and, binned, the conflict rate."""
+    base = aggregate(random_tokens(), 8, 0.15) | {"ppl": 8.0, "mean_prob": 0.5, "cc_rate": 0.0}
+    base |= {"p_thr": 0.1, "h_thr": 0.1, "hist2d_x_H": histogram({19000: 1_000_000}), "kept_tokens": 1_000_000}
+    del base["blocks"]
+    seq = {str(s): {"rows_seen": 1, "rows_sha256": "r", "model": base | model} for s in seq_lens}
+    content = {"schema": SCHEMA, "meta": dict(meta), "packs": [{"pack": pack, "seq": seq}]}
+    return Result(Path(f"/nowhere/{label}.json"), label, content)
+
+
+def status(gates, candidate, baseline, gate=None):
+    verdict = judge(candidate, baseline, gates)
+    if gate is None:
+        return verdict.status
+    (found,) = {check.status for check in verdict.checks if check.gate == gate}
+    return found
+
+
+def test_the_published_gates_are_those_of_the_design(gates):
+    assert (gates.name, gates.primary_pack, gates.primary_seq_lens) == ("near-lossless-v1", "UNION", SEQ_LENS)
+    assert gates.limits == {
+        "ppl_absolute": 0.25,
+        "ppl_relative": 0.05,
+        "cc_rate": 0.002,
+        "mean_prob": 0.02,
+        "js2d": 0.02,
+    }
+
+
+@pytest.mark.parametrize("base, limit", [(2.0, 0.1), (4.0, 0.2), (5.0, 0.25), (5.1, 0.25), (100.0, 0.25)])
+def test_the_perplexity_limit_is_the_smaller_of_two(gates, base, limit):
+    assert gates.ppl_limit(base) == pytest.approx(limit, rel=1e-12)
+
+
+def test_an_equal_model_passes(gates):
+    verdict = judge(result("c"), result("b"), gates)
+    assert verdict.status == "PASS" and verdict.reasons == ()
+    assert [(c.gate, c.seq_len) for c in verdict.checks] == [
+        (gate, s) for s in SEQ_LENS for gate in ("dPPL", "dCC", "d mean p", "JS2D")
+    ]
+
+
+@pytest.mark.parametrize(
+    "base, delta, expected",
+    [
+        (8.0, 0.25, "PASS"),
+        (8.0, -0.25, "PASS"),
+        (8.0, 0.2499, "PASS"),
+        (8.0, 0.2501, "FAIL"),
+        (8.0, -0.2501, "FAIL"),
+        (2.0, 0.0999, "PASS"),
+        (2.0, 0.1001, "FAIL"),
+        (2.0, 0.2, "FAIL"),
+    ],
+)
+def test_perplexity_gate(gates, base, delta, expected):
+    candidate, baseline = result("c", ppl=base + delta), result("b", ppl=base)
+    assert status(gates, candidate, baseline, "dPPL") == expected == status(gates, candidate, baseline)
+
+
+@pytest.mark.parametrize("base, found", [(3.0, 3.15), (2.2, 2.31), (2.0, 2.1), (9.9, 10.15), (3.1, 2.945)])
+def test_a_perplexity_on_the_limit_in_decimals_passes(gates, base, found):
+    assert status(gates, result("c", ppl=found), result("b", ppl=base), "dPPL") == "PASS"
+
+
+@pytest.mark.parametrize("delta, expected", [(0.0, "PASS"), (0.0199, "PASS"), (0.0201, "FAIL"), (-0.0201, "FAIL")])
+def test_mean_probability_gate(gates, delta, expected):
+    candidate = result("c", mean_prob=0.5 + delta)
+    assert status(gates, candidate, result("b"), "d mean p") == expected == status(gates, candidate, result("b"))
+
+
+@pytest.mark.parametrize("base, found", [(0.5, 0.52), (0.5, 0.48), (0.6, 0.62), (0.71, 0.69), (0.0, 0.02)])
+def test_a_mean_probability_on_the_limit_in_decimals_passes(gates, base, found):
+    assert status(gates, result("c", mean_prob=found), result("b", mean_prob=base), "d mean p") == "PASS"
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, "PASS"), (0.0019, "PASS"), (0.002, "PASS"), (0.0021, "FAIL")])
+def test_conflict_gate(gates, share, expected):
+    """Cell 0 lies under both thresholds; the baseline has no token there."""
+    conflicts = round(1_000_000 * share)
+    candidate = result("c", hist2d_x_H=histogram({0: conflicts, 19000: 1_000_000 - conflicts}))
+    assert status(gates, candidate, result("b"), "dCC") == expected == status(gates, candidate, result("b"))
+
+
+def js_of_moved_share(moved):
+    """JS divergence when this share of the tokens leaves the one cell of the baseline."""
+    from math import log
+
+    return (log(2 / (2 - moved)) + (1 - moved) * log((2 - 2 * moved) / (2 - moved)) + moved * log(2)) / 2
+
+
+@pytest.mark.parametrize("moved", [0.01, 0.054, 0.055, 0.056, 0.057, 0.058, 0.059, 0.06, 0.2])
+def test_divergence_gate(gates, moved):
+    count = round(moved * 1_000_000)
+    candidate = result("c", hist2d_x_H=histogram({18999: count, 19000: 1_000_000 - count}))
+    expected = "PASS" if js_of_moved_share(moved) <= 0.02 else "FAIL"
+    assert judge(candidate, result("b"), gates).comparisons[1024].js2d == pytest.approx(js_of_moved_share(moved))
+    assert status(gates, candidate, result("b"), "JS2D") == expected == status(gates, candidate, result("b"))
+
+
+@pytest.mark.parametrize("js2d, floor, expected", [
+    (0.02, 0.5, "PASS"),
+    (0.0199, 0.0, "PASS"),
+    (0.03, 0.01, "UNDECIDED"),
+    (0.03, 0.02, "UNDECIDED"),
+    (0.03, 0.009, "FAIL"),
+    (0.0201, 0.0, "FAIL"),
+])  # fmt: skip
+def test_divergence_above_the_limit_by_no_more_than_its_floor_decides_nothing(
+    gates, monkeypatch, js2d, floor, expected
+):
+    from dataclasses import replace
+
+    compare = module.compare
+    monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), js2d=js2d, js2d_floor=floor))
+    verdict = judge(result("c"), result("b"), gates)
+    assert verdict.status == expected
+    if expected == "UNDECIDED":
+        assert "too few tokens to decide" in verdict.reasons[0] and f"{floor:.4f}" in verdict.reasons[0]
+
+
+def test_a_small_evaluation_cannot_decide(gates):
+    """100 tokens spread over 150 cells: the divergence is large, and so is its floor."""
+    spread = {"kept_tokens": 100}
+    candidate = result("c", hist2d_x_H=histogram({i: 1 for i in range(8000, 8100)}), **spread)
+    baseline = result("b", hist2d_x_H=histogram({i: 1 for i in range(8050, 8150)}), **spread)
+    verdict = judge(candidate, baseline, gates)
+    assert verdict.status == "UNDECIDED" and verdict.comparisons[1024].js2d > 0.3
+
+
+def test_one_length_that_fails_is_enough(gates):
+    candidate = result("c")
+    candidate.content["packs"][0]["seq"]["2048"]["model"]["ppl"] = 9.0
+    verdict = judge(candidate, result("b"), gates)
+    assert verdict.status == "FAIL"
+    assert verdict.reasons == ("dPPL at 2048: +1.000, limit 0.250",)
+    assert (verdict.status_at(1024), verdict.status_at(2048)) == ("PASS", "FAIL")
+
+
+@pytest.mark.parametrize("candidate, baseline", [((1024,), SEQ_LENS), (SEQ_LENS, (2048,)), ((512,), SEQ_LENS)])
+def test_a_missing_primary_length_is_never_a_pass(gates, candidate, baseline):
+    verdict = judge(result("c", candidate), result("b", baseline), gates)
+    assert verdict.status == "INCOMPLETE" and "is missing for" in verdict.reasons[0]
+
+
+def test_a_missing_primary_pack_is_never_a_pass(gates):
+    assert judge(result("c", pack="other"), result("b"), gates).status == "INCOMPLETE"
+
+
+def test_a_failure_is_a_failure_although_a_length_is_missing(gates):
+    verdict = judge(result("c", (1024,), ppl=20.0), result("b"), gates)
+    assert verdict.status == "FAIL" and any("2048 is missing for c" in r for r in verdict.reasons)
+
+
+@pytest.mark.parametrize("seq_len", SEQ_LENS)
+def test_a_length_without_checks_has_not_passed(gates, seq_len):
+    verdict = judge(result("c", (512,)), result("b"), gates)
+    assert verdict.status_at(seq_len) != "PASS"
+
+
+def test_gates_without_a_primary_length_never_pass():
+    assert judge(result("c"), result("b"), Gates("x", "UNION", (), read_gates(FILE).limits)).status != "PASS"
+
+
+@pytest.mark.parametrize(
+    "ranking_rows, rows, saw",
+    [
+        ("calib", "eval", False),
+        ("eval", "calib", False),
+        ("calib", "calib", True),
+        ("eval", "eval", True),
+        ("all", "eval", True),
+        ("calib", "all", True),
+        ("all", "all", True),
+    ],
+)
+def test_a_candidate_judged_on_rows_that_chose_its_experts_is_marked(gates, ranking_rows, rows, saw):
+    candidate = result("c", meta={"rows": rows, "keep_set": {"ranking_rows": ranking_rows}})
+    assert saw_its_rows(candidate) == saw
+    assert any("chosen on rows" in r for r in judge(candidate, result("b"), gates).reasons) == saw
+
+
+def test_a_whole_model_saw_no_rows():
+    assert not saw_its_rows(result("b", meta={"rows": "all", "keep_set": None}))
+
+
+def rewritten(tmp_path, change):
+    content = json.loads(FILE.read_text())
+    change(content)
+    path = tmp_path / "gates.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda c: c.update(schema="x"), "'x'"),
+        (lambda c: c["limits"].pop("js2d"), "js2d"),
+        (lambda c: c["limits"].update(new=1), "new"),
+        (lambda c: c.pop("limits"), "limits"),
+        (lambda c: c.pop("primary_pack"), "primary_pack"),
+        (lambda c: c.update(primary_seq_lens=[]), "primary_seq_lens"),
+    ],
+)
+def test_a_file_that_is_no_gates_file_is_refused(tmp_path, change, word):
+    with pytest.raises(ParameterError, match=word):
+        read_gates(rewritten(tmp_path, change))
+
+
+def test_a_missing_or_damaged_gates_file_is_named(tmp_path):
+    with pytest.raises(ParameterError, match=r"none\.json"):
+        read_gates(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text('{"schema"')
+    with pytest.raises(ParameterError, match=r"cut\.json"):
+        read_gates(tmp_path / "cut.json")

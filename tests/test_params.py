@@ -1,0 +1,170 @@
+"""Notebook parameters: unknown names, wrong types and impossible values are errors before any work."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from eaftlib.errors import ParameterError
+from eaftlib.params import Evaluate, Prune, Rank, Report
+
+RANK = {
+    "model": "m", "packs": "p", "pack_files": None, "rows": "all", "seq_len": 64, "num_blocks": 2, "criteria": ["reap"],
+    "entropy_topk": 20, "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 0.25, "w_conflict": -2.0,
+    "align": "predictor", "device": "auto", "dtype": "auto", "seed": 0, "out_dir": "o",
+}  # fmt: skip
+PRUNE = {
+    "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
+    "core_top_m": 0, "out_dir": "o",
+}  # fmt: skip
+EVALUATE = {
+    "model": "m", "label": "base", "keep_set": None, "packs": "p", "pack_files": None, "only": None, "rows": "all",
+    "seq_lens": [64, 128], "num_blocks": 2, "entropy_topk": 20, "cc_quantile": 0.15, "device": "auto", "dtype": "auto",
+    "out_dir": "o",
+}  # fmt: skip
+REPORT = {"results": ["a"], "baseline": "base", "gates": "g", "out_dir": "o"}
+KEEP = {"ranking": "r", "criterion": "reap", "keep_n": 16}
+ALL = [(Rank, RANK), (Prune, PRUNE), (Evaluate, EVALUATE), (Report, REPORT)]
+
+
+@pytest.mark.parametrize("kind, values", ALL)
+def test_the_fixed_names_are_accepted_and_no_others_exist(kind, values):
+    assert kind.check(values).model_dump() == values
+    assert set(kind.model_fields) == set(values)
+
+
+@pytest.mark.parametrize("kind, values", ALL)
+def test_an_unknown_name_is_an_error(kind, values):
+    with pytest.raises(ParameterError, match="unknown parameter 'surprise'"):
+        kind.check(values | {"surprise": 1})
+
+
+def test_a_misspelt_name_is_met_with_the_right_one():
+    with pytest.raises(ParameterError, match=r"unknown parameter 'num_block'\. Did you mean 'num_blocks'\?"):
+        Evaluate.check(EVALUATE | {"num_block": 2})
+
+
+@pytest.mark.parametrize("kind, values", [(Rank, RANK), (Evaluate, EVALUATE), (Report, REPORT)])
+def test_a_missing_parameter_is_named(kind, values):
+    for name in values:
+        with pytest.raises(ParameterError, match=f"^{name}: "):
+            kind.check({k: v for k, v in values.items() if k != name})
+
+
+@pytest.mark.parametrize(
+    "kind, values, change",
+    [
+        (Rank, RANK, {"seq_len": "64"}),
+        (Rank, RANK, {"seq_len": 64.5}),
+        (Rank, RANK, {"seq_len": 0}),
+        (Rank, RANK, {"seq_len": True}),
+        (Rank, RANK, {"num_blocks": -1}),
+        (Rank, RANK, {"rows": "test"}),
+        (Rank, RANK, {"align": "next"}),
+        (Rank, RANK, {"criteria": "reap"}),
+        (Rank, RANK, {"criteria": ["reap", 3]}),
+        (Rank, RANK, {"criteria": ["reap", "reep"]}),
+        (Rank, RANK, {"criteria": []}),
+        (Rank, RANK, {"cc_quantile": 0.0}),
+        (Rank, RANK, {"cc_quantile": 1.0}),
+        (Rank, RANK, {"w_good": "1"}),
+        (Rank, RANK, {"w_good": float("nan")}),
+        (Rank, RANK, {"entropy_topk": 1}),
+        (Rank, RANK, {"model": None}),
+        (Prune, PRUNE, {"keep_n": "16"}),
+        (Prune, PRUNE, {"keep_frac": "half"}),
+        (Prune, PRUNE, {"ranking": None}),
+        (Evaluate, EVALUATE, {"seq_lens": 64}),
+        (Evaluate, EVALUATE, {"seq_lens": []}),
+        (Evaluate, EVALUATE, {"seq_lens": [64, 0]}),
+        (Evaluate, EVALUATE, {"only": "UNION"}),
+        (Evaluate, EVALUATE, {"label": 3}),
+        (Report, REPORT, {"results": "a.json"}),
+        (Report, REPORT, {"results": []}),
+    ],
+)
+def test_wrong_types_and_values_name_the_parameter_and_what_was_found(kind, values, change):
+    ((name, found),) = change.items()
+    with pytest.raises(ParameterError) as error:
+        kind.check(values | change)
+    assert str(error.value).startswith(name)
+    assert repr(found) in str(error.value) or any(repr(x) in str(error.value) for x in found)
+
+
+def test_whole_numbers_are_numbers_too():
+    assert Rank.check(RANK | {"w_good": 1}).w_good == 1.0
+    assert Prune.check(PRUNE | {"keep_frac": 1}).keep_frac == 1.0
+
+
+def test_one_keep_set_becomes_arguments_under_the_label():
+    expected = KEEP | {"keep_frac": None, "multiple_of": 4, "core_top_m": 0}
+    assert Evaluate.check(EVALUATE | {"keep_set": KEEP}).keep_sets == {"base": expected}
+    assert Evaluate.check(EVALUATE).keep_sets == {"base": None}
+
+
+def test_a_list_of_keep_sets_is_scored_in_its_order():
+    entries = [{"label": "whole"}, KEEP | {"label": "half"}, KEEP | {"label": "core", "core_top_m": 2}]
+    found = Evaluate.check(EVALUATE | {"keep_set": entries}).keep_sets
+    assert list(found) == ["whole", "half", "core"]
+    assert found["whole"] is None and found["half"]["keep_n"] == 16 and found["core"]["core_top_m"] == 2
+
+
+@pytest.mark.parametrize(
+    "keep_set, word",
+    [
+        ([KEEP | {"label": "a"}, KEEP | {"label": "a"}], "share a label"),
+        ([{"label": "a", "ranking": "r"}], "'a' needs ranking and criterion"),
+        ([{"label": "a", "criterion": "reap", "keep_n": 4}], "'a' needs ranking and criterion"),
+        ([{"label": "a", "core_top_m": 2}], "'a' needs ranking and criterion"),
+        ([KEEP], "label"),
+        ([KEEP | {"label": "a", "keep": 3}], "keep"),
+        ({"ranking": "r"}, "criterion"),
+        (KEEP | {"label": "a"}, "label"),
+        (KEEP | {"model": "m"}, "model"),
+    ],
+)
+def test_incomplete_and_clashing_keep_sets_are_refused(keep_set, word):
+    with pytest.raises(ParameterError, match=word):
+        Evaluate.check(EVALUATE | {"keep_set": keep_set})
+
+
+@pytest.mark.parametrize("keep_set", [KEEP | {"core_topm": 1}, [KEEP | {"label": "a", "core_topm": 1}]])
+def test_a_misspelt_name_inside_a_keep_set_is_met_with_those_of_keep_sets(keep_set):
+    with pytest.raises(ParameterError, match=r"core_topm.*core_top_m"):
+        Evaluate.check(EVALUATE | {"keep_set": keep_set})
+
+
+def shell(values, cells):
+    return SimpleNamespace(user_ns={**values, "In": ["", *cells], "other": object()})
+
+
+DEFAULTS = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in REPORT.items())
+
+
+def test_a_notebooks_namespace_gives_its_parameters():
+    assert Report.from_notebook(shell(REPORT, ["import os", DEFAULTS, "x = 1"])).model_dump() == REPORT
+
+
+def test_a_misspelt_name_in_the_injected_cell_is_found_although_the_default_is_there():
+    injected = "# Parameters\nbase_line = 'other'"
+    with pytest.raises(ParameterError, match=r"unknown parameter 'base_line'.*'baseline'"):
+        Report.from_notebook(shell(REPORT | {"base_line": "other"}, [DEFAULTS, injected, "x = 1"]))
+
+
+def test_injected_values_win():
+    injected = "# Parameters\nbaseline = 'other'"
+    assert Report.from_notebook(shell(REPORT | {"baseline": "other"}, [DEFAULTS, injected])).baseline == "other"
+
+
+def test_other_cells_may_set_what_they_like():
+    assert Report.from_notebook(shell(REPORT | {"x": 1}, [DEFAULTS, "x = 1\ny: int = 2"])).baseline == "base"
+
+
+def test_an_annotated_unknown_name_is_found():
+    with pytest.raises(ParameterError, match="unknown parameter 'zzz'"):
+        Report.from_notebook(shell(REPORT | {"zzz": 1}, [DEFAULTS + "\nzzz: int = 1"]))
+
+
+def test_a_name_that_was_deleted_is_missing():
+    values = {k: v for k, v in REPORT.items() if k != "gates"}
+    with pytest.raises(ParameterError, match=r"^gates: "):
+        Report.from_notebook(shell(values, [DEFAULTS]))

@@ -1,0 +1,262 @@
+"""Result files: written whole or not at all, read with every damage named."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from eaftlib import results
+from eaftlib.errors import ResultError
+from eaftlib.statistics import Tokens, aggregate
+
+META = {"tokenizer_sha256": "t0", "num_blocks": 8, "entropy_topk": 20, "cc_quantile": 0.15, "rows": "eval"}
+
+
+def random_tokens(n=400, num_blocks=8, seed=0):
+    """Kept tokens of 8 blocks; the same positions for every seed."""
+    rng = np.random.default_rng(seed)
+    block = np.sort(np.arange(n) % num_blocks).astype(np.int32)
+    nll = rng.exponential(1.0, n).astype(np.float32)
+    return Tokens(block, (np.arange(n) % (n // num_blocks) + 1).astype(np.int32), nll, rng.random(n, np.float32))
+
+
+def entry(tokens, **changes):
+    facts = {"rows_seen": 30, "rows_sha256": "r0"} | {k: v for k, v in changes.items() if k.startswith("rows")}
+    return facts | {"model": aggregate(tokens, 8, 0.15)}
+
+
+def write(folder, label, tokens, meta=(), **changes):
+    """A result of ``tokens`` ((pack, seq_len) -> Tokens) as the library writes it."""
+    packs = {}
+    for (pack, seq_len), part in tokens.items():
+        packs.setdefault(pack, {})[str(seq_len)] = entry(part, **changes)
+    content = {
+        "schema": results.SCHEMA,
+        "meta": META | {"label": label} | dict(meta),
+        "packs": [{"pack": pack, "seq": seq} for pack, seq in packs.items()],
+    }
+    return results.write(folder, label, content, tokens)
+
+
+@pytest.fixture
+def tokens():
+    return {
+        ("a", 64): random_tokens(seed=1),
+        ("UNION", 64): random_tokens(seed=2),
+        ("UNION", 128): random_tokens(seed=3),
+    }
+
+
+@pytest.fixture
+def path(tmp_path, tokens):
+    return write(tmp_path, "base", tokens)
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def model_of(content):
+    return content["packs"][0]["seq"]["64"]["model"]
+
+
+def test_what_is_written_is_read_back(path, tokens):
+    result = results.read(path)
+    assert result.label == "base" and not result.binned
+    assert set(result.entries) == set(tokens)
+    for (pack, seq_len), part in tokens.items():
+        assert result.entries[pack, seq_len] == entry(part)
+        found = result.tokens(pack, seq_len)
+        for name in ("block", "position", "nll", "entropy"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(part, name))
+
+
+def test_token_file_has_the_fixed_columns(path, tokens):
+    table = pq.read_table(path.with_name("base.tokens.parquet"))
+    assert table.column_names == ["pack", "seq_len", "block", "position", "nll", "entropy"]
+    assert str(table.schema.field("nll").type) == str(table.schema.field("entropy").type) == "float"
+    assert table.num_rows == sum(len(part.nll) for part in tokens.values())
+    assert pq.ParquetFile(path.with_name("base.tokens.parquet")).metadata.row_group(0).column(4).compression == "ZSTD"
+
+
+def test_labels_may_hold_dots(tmp_path, tokens):
+    path = write(tmp_path, "keep16.v2", tokens)
+    assert path.name == "keep16.v2.json" and (tmp_path / "keep16.v2.tokens.parquet").is_file()
+    assert results.read(path).tokens("a", 64) is not None
+
+
+def test_writing_leaves_only_the_two_files(path):
+    assert sorted(p.name for p in path.parent.iterdir()) == ["base.json", "base.tokens.parquet"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("old")
+
+    def failing(temporary):
+        with open(temporary, "w") as out:
+            out.write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        results.write_atomically(file, failing)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path):
+    file = tmp_path / "x.json"
+    results.write_json(file, {"old": 1})
+    with file.open() as reader:
+        results.write_json(file, {"new": 2})
+        assert json.load(reader) == {"old": 1}
+    assert json.loads(file.read_text()) == {"new": 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_numbers_are_never_written(path, tokens, bad):
+    old = path.read_bytes()
+    with pytest.raises(ValueError):
+        results.write_json(path, {"x": bad})
+    assert path.read_bytes() == old
+
+
+def test_an_interrupted_rewrite_is_not_mistaken_for_a_result(path, tokens, monkeypatch):
+    """The new tokens are on disk, the new JSON is not: the old JSON must not be read with the new tokens."""
+    monkeypatch.setattr(results, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        write(path.parent, "base", {key: random_tokens(seed=9) for key in tokens})
+    try:
+        result = results.read(path)
+        found = result.tokens("a", 64)
+    except ResultError:
+        return
+    assert np.exp(found.nll.mean()) == pytest.approx(result.entries["a", 64]["model"]["ppl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_json_that_was_cut_short_is_named(path, share):
+    text = path.read_text()
+    path.write_text(text[: int(len(text) * share)])
+    with pytest.raises(ResultError, match=r"base\.json is not JSON"):
+        results.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ResultError, match=r"nothing\.json does not exist; run 03_evaluate"):
+        results.read(tmp_path / "nothing.json")
+
+
+def drop(name):
+    return lambda c: model_of(c).pop(name)
+
+
+def put(name, value):
+    return lambda c: model_of(c).update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.update(schema="eaft-result/99"), ["eaft-result/99", "eaft-result/1"]),
+        (lambda c: c.pop("packs"), ["packs"]),
+        (lambda c: c.pop("meta"), ["meta"]),
+        (drop("ppl"), ["model.ppl"]),
+        (drop("hist2d_x_H"), ["hist2d_x_H"]),
+        (drop("blocks"), ["blocks"]),
+        (put("ppl", "3.0x"), ["model.ppl"]),
+        (put("ppl", None), ["model.ppl"]),
+        (put("mean_prob", 1.5), ["mean_prob"]),
+        (put("cc_rate", -0.1), ["cc_rate"]),
+        (put("kept_tokens", 0), ["kept_tokens"]),
+        (lambda c: model_of(c)["hist2d_x_H"]["counts"].pop(), ["hist2d_x_H", "19199", "19200"]),
+        (lambda c: c["packs"][0]["seq"]["64"].pop("rows_sha256"), ["rows_sha256"]),
+        (lambda c: c["packs"][0]["seq"].update(long=c["packs"][0]["seq"]["64"]), ["long"]),
+    ],
+)
+def test_a_file_that_is_no_valid_result_says_where(path, change, words):
+    edit(path, change)
+    with pytest.raises(ResultError) as error:
+        _ = results.read(path).entries
+    assert all(word in str(error.value) for word in ["base.json", *words])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null"])
+def test_other_json_is_no_result(path, text):
+    path.write_text(text)
+    with pytest.raises(ResultError, match=r"base\.json"):
+        results.read(path)
+
+
+def test_nan_in_a_file_is_refused(path):
+    path.write_text(path.read_text().replace('"ppl": ', '"ppl": NaN, "old": ', 1))
+    with pytest.raises(ResultError, match="ppl"):
+        results.read(path)
+
+
+def make_legacy(path):
+    """The earlier shape: no schema, no blocks, no row hash, no label, no token file."""
+
+    def change(content):
+        del content["schema"], content["meta"]["label"]
+        for pack in content["packs"]:
+            for part in pack["seq"].values():
+                del part["model"]["blocks"], part["rows_sha256"]
+
+    edit(path, change)
+    path.with_name(f"{path.stem}.tokens.parquet").unlink()
+
+
+def test_an_earlier_file_is_read_and_marked_as_binned(path, tokens):
+    make_legacy(path)
+    result = results.read(path)
+    assert result.binned and result.label == "base" and result.tokens("UNION", 64) is None
+    assert set(result.entries) == set(tokens)
+
+
+def test_tokens_of_the_same_size_but_another_model_are_refused(path, tokens):
+    write(path.parent, "other", {key: random_tokens(seed=50) for key in tokens})
+    path.with_name("other.tokens.parquet").rename(path.with_name("base.tokens.parquet"))
+    with pytest.raises(ResultError, match=r"base\.tokens\.parquet is not the file that base\.json was written with"):
+        results.read(path).tokens("UNION", 64)
+
+
+def test_a_damaged_token_file_is_named(path):
+    file = path.with_name("base.tokens.parquet")
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ResultError, match=r"base\.tokens\.parquet"):
+        results.read(path).tokens("a", 64)
+
+
+def test_a_folder_gives_its_results_and_nothing_else(path, tokens):
+    write(path.parent, "alpha", tokens)
+    (path.parent / "verdict.json").write_text("{}")
+    (path.parent / "notes.json").write_text("[1, 2]")
+    assert [r.label for r in results.read_all([str(path.parent)])] == ["alpha", "base"]
+    assert [r.label for r in results.read_all([str(path), str(path.parent / "alpha.json")])] == ["base", "alpha"]
+
+
+def test_labels_must_differ(path, tokens):
+    write(path.parent / "again", "base", tokens)
+    with pytest.raises(ResultError, match=r"label 'base' occurs in .*again"):
+        results.read_all([str(path), str(path.parent / "again")])
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(ResultError, match="holds no result JSON"):
+        results.read_all([str(tmp_path)])
+
+
+def test_a_damaged_file_in_a_folder_is_named(path):
+    (path.parent / "cut.json").write_text('{"schema": "eaft-res')
+    with pytest.raises(ResultError, match=r"cut\.json"):
+        results.read_all([str(path.parent)])
+
+
+@pytest.mark.parametrize("text", ["3", "null", "[]"])
+def test_other_json_in_a_folder_is_passed_over(path, text):
+    (path.parent / "other.json").write_text(text)
+    assert [r.label for r in results.read_all([str(path.parent)])] == ["base"]
