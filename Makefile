@@ -4,7 +4,7 @@ READY := .venv/.ready
 DEMO := outputs/demo
 PARAMS ?=
 
-.PHONY: setup demo test check notebooks rank prune evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup demo test check notebooks rank prune evaluate report bench clean
 
 setup: $(READY)
 

@@ -184,7 +184,7 @@ def train(args) -> tuple[GptOssForCausalLM, StoredWeights, list[dict]]:
 
     curve, started = [], time.time()
     for step in range(args.steps):
-        quantize = args.init is not None or step >= QUANTIZE_FROM * args.steps
+        quantize = step >= QUANTIZE_FROM * args.steps
         weights.store(quantize)
         drop_experts(model, args.expert_dropout)
         loss, nll = loss_of(model, router_logits, *next(stream))

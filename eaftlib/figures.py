@@ -1,4 +1,6 @@
-"""Pictures of rankings, landscapes and keep-count curves. Every function returns a matplotlib Figure."""
+"""Pictures of rankings, landscapes and keep-count curves. Every function returns a Picture."""
+
+import io
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -16,13 +18,29 @@ COLORS = {
 _OTHER_COLORS = ("#2c3e50", "#27ae60", "#b9770e", "#5b2c6f", "#1a5276")
 
 
+class Picture(Figure):
+    """A figure that a notebook shows as a PNG wherever it runs, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+    def svg(self) -> str:
+        """The <svg> element alone, for pages; the same figure gives the same text."""
+        buffer = io.StringIO()
+        self.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+
 def color_of(criterion: str | None) -> str:
     if criterion in COLORS:
         return COLORS[criterion]
     return _OTHER_COLORS[sum(map(ord, criterion or "")) % len(_OTHER_COLORS)]
 
 
-def saliency_map(scores: np.ndarray, criterion: str, keep: np.ndarray | None = None) -> Figure:
+def saliency_map(scores: np.ndarray, criterion: str, keep: np.ndarray | None = None) -> Picture:
     """Heat map of scores [L, E] as shares of their layer, experts sorted best first in each layer."""
     share = np.clip(np.nan_to_num(scores), 0, None)
     share = np.sort(share / share.sum(1, keepdims=True), axis=1)[:, ::-1]
@@ -39,7 +57,7 @@ def saliency_map(scores: np.ndarray, criterion: str, keep: np.ndarray | None = N
     return figure
 
 
-def mass_concentration(scores: dict[str, np.ndarray]) -> Figure:
+def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
     """Share of a layer's mass in its best k experts, mean over layers, per criterion; the diagonal is no preference."""
     figure, axes = _panel(7, 4)
     for name, values in scores.items():
@@ -53,7 +71,7 @@ def mass_concentration(scores: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Figure:
+def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Picture:
     """Share of the kept experts that two criteria have in common at ``keep_n``, over all layers."""
     names = list(rankings)
     kept = {n: [set(layer[:keep_n].tolist()) for layer in r] for n, r in rankings.items()}
@@ -73,7 +91,7 @@ def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Figure:
     return figure
 
 
-def sizes(before: dict[str, int], after: dict[str, int]) -> Figure:
+def sizes(before: dict[str, int], after: dict[str, int]) -> Picture:
     """Bytes of experts and of the rest, before and after pruning; both dicts have ``total`` and ``experts``."""
     figure, axes = _panel(7, 1.9)
     for y, part in enumerate((after, before)):
@@ -87,7 +105,7 @@ def sizes(before: dict[str, int], after: dict[str, int]) -> Figure:
     return figure
 
 
-def landscape(model: dict, title: str, baseline: dict | None = None) -> Figure:
+def landscape(model: dict, title: str, baseline: dict | None = None) -> Picture:
     """The (p, H) histogram of one result entry on a log scale, its thresholds drawn, conflicts in the lower left corner."""
     figure, axes = _panel(6.2, 4.4)
     hist = model["hist2d_x_H"]
@@ -114,12 +132,12 @@ def landscape(model: dict, title: str, baseline: dict | None = None) -> Figure:
     return figure
 
 
-def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> Figure:
+def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> Picture:
     """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn.
 
     rows: {criterion, keep_n, seq_len, dppl, low, high}; limits: dPPL gate per sequence length. Symlog above the gate.
     """
-    figure = Figure(figsize=(4.9 * len(limits), 3.9), layout="constrained")
+    figure = Picture(figsize=(4.9 * len(limits), 3.9), layout="constrained")
     for axes, (seq_len, limit) in zip(
         np.atleast_1d(figure.subplots(1, len(limits), sharey=True)), limits.items(), strict=True
     ):
@@ -155,7 +173,7 @@ def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> 
 
 
 def _panel(width: float, height: float):
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     _tidy(axes)
     return figure, axes

@@ -42,7 +42,9 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low = torch.floor(torch.log2(peak.clamp(min=2.0**-100))) - _E2M1_MAX_EXPONENT
     candidates = [(_nearest_codes(torch.ldexp(groups, -e)), e) for e in (low, low + 1)]
     magnitudes = torch.tensor(_E2M1, device=values.device)
-    errors = [(torch.ldexp(magnitudes[c], e) - groups.abs()).square().sum(-1, keepdim=True) for c, e in candidates]
+    errors = [
+        (torch.ldexp(magnitudes[c.int()], e) - groups.abs()).square().sum(-1, keepdim=True) for c, e in candidates
+    ]
     (codes_low, _), (codes_high, high) = candidates
     use_high = errors[1] < errors[0]
     codes = torch.where(use_high, codes_high, codes_low)
@@ -53,12 +55,13 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
-    """E2M1 codes 0..7 nearest to |scaled|; a value halfway between two goes to the even code."""
-    midpoints = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(_E2M1)], device=scaled.device)
-    magnitude = scaled.abs().contiguous()
-    below = torch.bucketize(magnitude, midpoints)  # a midpoint stays with the code below it
-    above = torch.bucketize(magnitude, midpoints, right=True)
-    return torch.where(below % 2 == 0, below, above).clamp(max=7)
+    """E2M1 codes 0..7 nearest to |scaled|: how many midpoints lie below it; on a midpoint the even code is taken."""
+    magnitude = scaled.abs()
+    codes = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for code, (low, high) in enumerate(itertools.pairwise(_E2M1)):
+        midpoint = (low + high) / 2
+        codes += magnitude > midpoint if code % 2 == 0 else magnitude >= midpoint
+    return codes
 
 
 def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The report on pruned models: verdicts first, then tables and curves, as HTML, Markdown, CSV and JSON."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +40,12 @@ class Report:
     @property
     def best(self) -> Verdict | None:
         passing = [v for v in self.verdicts if v.status == PASS]
-        return min(
-            passing, key=lambda v: (self.keep_n(v), max(c.ppl.value for c in v.comparisons.values())), default=None
-        )
+
+        def bytes_then_cost(verdict: Verdict) -> tuple:
+            kept = self.keep_n(verdict)  # an earlier file does not say: it comes last
+            return (kept is None, kept or 0, max(c.ppl.value for c in verdict.comparisons.values()))
+
+        return min(passing, key=bytes_then_cost, default=None)
 
     @property
     def headline(self) -> str:
@@ -53,7 +55,7 @@ class Report:
             return f"None of {len(self.verdicts)} candidates passes {self.gates.name}."
         passing = sum(v.status == PASS for v in self.verdicts)
         return (
-            f"{self.best.label} passes {self.gates.name} with {self.keep_n(self.best)} of {total} experts per layer"
+            f"{self.best.label} passes {self.gates.name} with {self.keep_n(self.best) or '?'} of {total or '?'} experts per layer"
             f"{self._bytes_saved(self.best.label)}; {passing} of {len(self.verdicts)} candidates pass."
         )
 
@@ -307,7 +309,7 @@ def _html(report: Report) -> str:
     base = report.baseline.entries
     primary = [(report.gates.primary_pack, length) for length in report.gates.primary_seq_lens]
     landscapes = [
-        _svg(figures.landscape(base[key]["model"], f"{report.baseline.label}, {key[0]}, {key[1]} tokens"))
+        figures.landscape(base[key]["model"], f"{report.baseline.label}, {key[0]}, {key[1]} tokens").svg()
         for key in primary
         if key in base
     ]
@@ -317,15 +319,8 @@ def _html(report: Report) -> str:
         columns=COLUMNS,
         tables=tables,
         notes=notes(report),
-        curve=_svg(curve) if curve else "",
+        curve=curve.svg() if curve else "",
         landscapes=landscapes,
         experts_kept={c.label: experts_kept(c) for c in report.candidates},
         num_experts=experts_kept(report.baseline),
     )
-
-
-def _svg(figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

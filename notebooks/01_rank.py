@@ -28,7 +28,7 @@
 model = "demo/model"  # folder, or an id on the Hugging Face hub
 packs = "demo/packs"  # folder, Kaggle data set, or data set id on the hub
 pack_files = None  # None: every parquet file, sorted
-rows = "calib"  # all, calib or eval: choose experts and judge them on different rows
+rows = "all"  # all, calib or eval: choose experts on calib and judge them on eval
 seq_len = 2048
 num_blocks = 32
 criteria = ["eaft_reap", "reap_mass", "reap", "ean", "frequency", "random"]
