@@ -10,7 +10,6 @@ setup: $(READY)
 
 $(READY): requirements.txt pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q -r requirements.txt
 	$(PY) -m pip install -q --no-deps -e .
 	touch $@
@@ -24,7 +23,7 @@ endef
 
 # Rank once; evaluate the whole model and twenty keep-sets in one pass; prune and evaluate what was written; report.
 demo: $(READY)
-	rm -rf $(DEMO)
+	rm -rf $(addprefix $(DEMO)/,rank evaluate pruned-24 report)
 	$(call execute,01_rank,params/demo/rank.yaml)
 	$(call execute,03_evaluate,params/demo/evaluate.yaml)
 	$(call execute,02_prune,params/demo/prune.yaml)

@@ -159,7 +159,7 @@ def print_table(rows: list[dict]) -> None:
             else f"peak memory {row.get('peak_rss_mb', 0):,.0f} MB"
         )
         print(
-            f"{row['comparison']:<34}{row['variant']:<34}{row['median']:>10,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x  {spread}"
+            f"{row['comparison']:<34}{row['variant']:<34}{row['median']:>9,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x {spread}"
         )
 
 
@@ -181,6 +181,7 @@ def main() -> None:
         "rows": rows,
     }
     kind = "".join(c if c.isalnum() else "-" for c in device_name().split(",")[0])
+    (ROOT / "bench/results").mkdir(exist_ok=True)
     name = f"{content['date']}-{kind}{'-prune' if args.prune else ''}.json"
     (ROOT / "bench/results" / name).write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote bench/results/{name}")

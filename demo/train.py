@@ -1,7 +1,6 @@
 """Train the demo model on one GPU and write it in the on-disk layout of openai/gpt-oss-20b.
 
-    python demo/make_packs.py --train train.npz      # the training rows, see demo/README.md
-    python demo/train.py train.npz demo/model        # five and a half minutes on one H100
+    python demo/train.py train.npz demo/model        # five minutes on one H100; demo/README.md has the whole recipe
 
 Every step runs the forward pass with the weights as they will be stored: bfloat16, and from ``QUANTIZE_FROM`` of the
 steps on, MXFP4 for the expert matrices. Gradients go to float32 master copies (straight-through estimator), so the
@@ -97,7 +96,7 @@ class StoredWeights:
 
     def __init__(self, model: torch.nn.Module):
         self.stored = dict(model.named_parameters())
-        self.masters = {name: p.detach().float().requires_grad_() for name, p in self.stored.items()}
+        self.masters = {name: p.detach().float().clone().requires_grad_() for name, p in self.stored.items()}
         self.matrices = [n for n in self.stored if n.endswith(("gate_up_proj", "down_proj"))]
 
     @torch.no_grad()

@@ -46,6 +46,9 @@ def _append_coordinate(x: torch.Tensor, coordinate) -> torch.Tensor:
 
 
 def _causal(query, key, value, sink_key, scaling):
+    if query.is_cuda and query.dtype == torch.float32:  # no fused kernel takes groups of heads in float32
+        groups = query.shape[1] // key.shape[1]
+        key, value, sink_key = (x.repeat_interleave(groups, dim=1) for x in (key, value, sink_key))
     # A query of zeros in front keeps "query i sees keys 0..i" true after the sink is put in front of the keys.
     output = F.scaled_dot_product_attention(
         F.pad(query, (0, 0, 1, 0)),

@@ -183,11 +183,12 @@ def _find_folder(model: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"model: {model!r} is neither a folder nor an 'owner/name' of the Hugging Face hub")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         # Downloads resume where an earlier one stopped. original/ and metal/ hold the same weights in other layouts.
         return Path(snapshot_download(model, ignore_patterns=["original/*", "metal/*"]))
-    except OSError as error:
+    except (HTTPError, OSError) as error:
         raise CheckpointError(
             f"model: {model!r} is no local folder and could not be fetched from the hub: {error}. "
             "Check the name, the network and HF_TOKEN, or give a folder."
@@ -214,7 +215,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file."""
     index = folder / INDEX_FILE
     if index.is_file():
-        shard_of = read_json(index, CheckpointError, "fetch the checkpoint again")["weight_map"]
+        shard_of = read_json(index, CheckpointError, "fetch the checkpoint again").get("weight_map")
+        if not isinstance(shard_of, dict):
+            raise CheckpointError(f"{index} has no weight_map; fetch the checkpoint again")
         for file in sorted(set(shard_of.values())):
             if not (folder / file).is_file():
                 missing = sum(f == file for f in shard_of.values())

@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import transformers
 
 from . import __version__, forward, results
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, ParameterError
+from .errors import CheckpointError, ParameterError, ResultError
 from .files import read_json
 from .keepsets import KeepSet
 from .packs import Blocks, PackSource, pack_blocks
@@ -38,7 +38,12 @@ def evaluate(
 
     Every pack and sequence length is one pass over the weights that serves all keep-sets. Returns the JSON paths.
     """
-    _check(checkpoint, keep_sets, seq_lens, entropy_topk)
+    out_dir = Path(out_dir)
+    forward.check_request(checkpoint, seq_lens, entropy_topk)
+    settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
+    settings |= {"rows": rows, "seq_lens": list(seq_lens)}
+    metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
+    _check_labels(out_dir, metas)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
     jobs = [
@@ -46,25 +51,22 @@ def evaluate(
         for pack in packs
         for length in seq_lens
     ]
+    masks = [keep and keep.mask for keep in keep_sets.values()]
     entries: dict[str, dict] = {label: {} for label in keep_sets}
     tokens: dict[str, dict] = {label: {} for label in keep_sets}
-    masks = [keep and keep.mask for keep in keep_sets.values()]
     for blocks in jobs:
         run = forward.score(
             checkpoint, blocks, placement, keep_sets=masks, entropy_topk=entropy_topk, progress=progress
         )
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
+        key = (blocks.pack, blocks.seq_len)
         for label, variant in zip(keep_sets, run.variants, strict=True):
-            part = Tokens(block, position, variant.nll, variant.entropy)
-            tokens[label][blocks.pack, blocks.seq_len] = part
-            entries[label][blocks.pack, blocks.seq_len] = _entry(blocks, part, variant, run, cc_quantile)
-    written = []
-    for label, keep in keep_sets.items():
-        meta = _meta(checkpoint, source, placement, label, keep, rows=rows, seq_lens=list(seq_lens))
-        meta |= {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
-        content = {"schema": results.SCHEMA, "meta": meta, "packs": _by_pack(entries[label])}
-        written.append(results.write(Path(out_dir), label, content, tokens[label]))
-    return written
+            tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
+            entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
+            # Written after every pass: what is done survives a crash in the next one.
+            content = {"schema": results.SCHEMA, "meta": metas[label], "packs": _by_pack(entries[label])}
+            results.write(out_dir, label, content, tokens[label])
+    return [out_dir / f"{label}.json" for label in keep_sets]
 
 
 def _entry(
@@ -84,17 +86,19 @@ def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
     return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
 
 
-def _check(checkpoint: Checkpoint, labels: Iterable[str], seq_lens: Sequence[int], entropy_topk: int) -> None:
-    """What would otherwise fail only after the pass, or write outside its folder."""
-    for label in labels:
+def _check_labels(out_dir: Path, metas: dict[str, dict]) -> None:
+    """A label must name a file, and must not replace another model's result."""
+    for label, meta in metas.items():
         if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
             raise ParameterError(f"label: found {label!r}; it names files: letters, digits, '_', '.', '+', '-' only")
-    longest = checkpoint.config.max_position_embeddings
-    for length in seq_lens:
-        if not 2 <= length <= longest:
-            raise ParameterError(f"seq_lens: found {length}, expected 2 to {longest}, the model's longest context")
-    if not 2 <= entropy_topk <= checkpoint.config.vocab_size:
-        raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {checkpoint.config.vocab_size}")
+        path = out_dir / f"{label}.json"
+        old = results.read(path).meta if path.is_file() else meta
+        for name in ("model_sha256", "keep_set"):
+            if old.get(name) != meta[name]:
+                raise ResultError(
+                    f"{path} is the result of another model ({name} {old.get(name)}, now {meta[name]}). Choose another "
+                    "label or out_dir, or remove it."
+                )
 
 
 def _meta(
@@ -103,9 +107,6 @@ def _meta(
     placement: forward.Placement,
     label: str,
     keep: KeepSet | None,
-    *,
-    rows: str,
-    seq_lens: list[int],
 ) -> dict:
     gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
     return {
@@ -119,8 +120,6 @@ def _meta(
         "keep_set": keep.chosen_by if keep else _pruned_by(checkpoint),
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
-        "rows": rows,
-        "seq_lens": seq_lens,
         "engine": f"eaftlib {__version__}",
         "device": str(placement.device),
         "dtype": str(placement.dtype).removeprefix("torch."),

@@ -105,19 +105,15 @@ def sizes(before: dict[str, int], after: dict[str, int]) -> Picture:
     return figure
 
 
-def landscape(model: dict, title: str, baseline: dict | None = None) -> Picture:
+def landscape(model: dict, title: str) -> Picture:
     """The (p, H) histogram of one result entry on a log scale, its thresholds drawn, conflicts in the lower left corner."""
     figure, axes = _panel(6.2, 4.4)
     hist = model["hist2d_x_H"]
     counts = np.asarray(hist["counts"], float).reshape(hist["xbins"], hist["ybins"])
     masked = np.ma.masked_equal(counts.T, 0)
     image = axes.pcolormesh(hist["x_edges"], hist["y_edges"], masked, norm=LogNorm(1), cmap="viridis", rasterized=True)
-    lines = {"own thresholds": (model, "-", "#c0392b")}
-    if baseline is not None:
-        lines["baseline's thresholds"] = (baseline, "--", "#34495e")
-    for name, (entry, style, color) in lines.items():
-        axes.axvline(entry["p_thr"], color=color, linestyle=style, linewidth=1.2, label=name)
-        axes.axhline(entry["h_thr"], color=color, linestyle=style, linewidth=1.2)
+    axes.axvline(model["p_thr"], color="#c0392b", linewidth=1.2)
+    axes.axhline(model["h_thr"], color="#c0392b", linewidth=1.2)
     axes.annotate(
         f"confident conflicts {model['cc_rate']:.3%}",
         (0.02, 0.02),
@@ -127,7 +123,6 @@ def landscape(model: dict, title: str, baseline: dict | None = None) -> Picture:
     )
     axes.set(xlabel="p, probability of the token that came", ylabel="H, top-K entropy", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
     figure.colorbar(image, ax=axes, pad=0.02, label="tokens")
     return figure
 

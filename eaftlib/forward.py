@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from .packs import Blocks
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 RESIDENT_SHARE = 0.6  # of free memory that decoded weights may take and stay
+HOST_SHARE = 0.6  # of free host memory that waiting hidden states may take
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,22 @@ def score(
     router logit becomes minus infinity. probes: one ExpertProbe per layer, filled for the positions that a kept token or
     its predictor occupies; only with a single keep-set. Raises ScoringError at a token without finite statistics.
     """
+    check_request(checkpoint, [blocks.seq_len], entropy_topk)
     if probes is not None and len(keep_sets) != 1:
         raise ValueError("probes measure one model: pass a single keep-set")
     with torch.inference_mode():
         run = _Run(checkpoint, blocks, placement, keep_sets, entropy_topk, probes)
         return run.run(progress)
+
+
+def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk: int) -> None:
+    """Raises ParameterError for a sequence length or K that the model does not have."""
+    longest, vocabulary = checkpoint.config.max_position_embeddings, checkpoint.config.vocab_size
+    for length in seq_lens:
+        if not 2 <= length <= longest:
+            raise ParameterError(f"seq_lens: found {length}, expected 2 to {longest}, the model's longest context")
+    if not 2 <= entropy_topk <= vocabulary:
+        raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {vocabulary}, the vocabulary")
 
 
 def probed_positions(blocks: Blocks) -> np.ndarray:
@@ -112,8 +124,8 @@ def probed_positions(blocks: Blocks) -> np.ndarray:
 class _Run:
     """State of one pass. A wave of blocks goes through all layers before the next wave starts.
 
-    Where all decoded layers fit they stay, and a wave is one micro-batch. Otherwise a wave is everything: each layer is
-    read once, every block goes through it, and hidden states wait in host memory.
+    Where all decoded layers fit they stay, and a wave is one micro-batch. Otherwise a wave is all blocks whose hidden
+    states fit into host memory: each layer is read once per wave and every block of it goes through.
     """
 
     def __init__(self, checkpoint, blocks, placement, keep_sets, entropy_topk, probes):
@@ -127,14 +139,15 @@ class _Run:
         self.layers: dict = {}
         self.rotary = checkpoint.rotary(self.device)
         self.norm = checkpoint.final_norm(self.device, self.dtype)
-        self.lm_head = checkpoint.lm_head(self.device, self.dtype)
+        # A CPU has no product of half-precision inputs into float32 logits, so its head is converted, once.
+        self.lm_head = checkpoint.lm_head(self.device, torch.float32 if self.device.type == "cpu" else self.dtype)
         self.embedding = checkpoint.embedding(self.device, self.dtype)
         self.biases = [self._masked_biases(layer) for layer in range(checkpoint.num_layers)]
 
     def run(self, progress: bool) -> Pass:
         per_wave = max(1, MICRO_BATCH_TOKENS[self.device.type] // self.blocks.seq_len)
         batches = torch.arange(len(self.tokens)).split(per_wave)
-        waves = [[b] for b in batches] if self.resident else [list(batches)]
+        waves = self._waves(batches)
         collected: list[list[tuple]] = [[] for _ in self.keep_sets]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -147,6 +160,14 @@ class _Run:
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return Pass([_concatenate(parts) for parts in collected], seconds, total / seconds, peak)
+
+    def _waves(self, batches: tuple[torch.Tensor, ...]) -> list[list[torch.Tensor]]:
+        if self.resident:
+            return [[batch] for batch in batches]
+        hidden_size = self.checkpoint.config.hidden_size
+        batch_bytes = batches[0].numel() * self.blocks.seq_len * hidden_size * self.dtype.itemsize * len(self.keep_sets)
+        per_wave = max(1, int(HOST_SHARE * free_bytes(torch.device("cpu")) // batch_bytes))
+        return [list(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
 
     def _through_layers(self, wave: list[torch.Tensor], advance) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """(block ids, one hidden state [B, S, H] per variant) for each micro-batch of the wave."""
@@ -170,6 +191,7 @@ class _Run:
                     variants[v] = layer(hidden, position_ids=positions, position_embeddings=rotary).to(parked)
                     advance(batch.numel() * length / self.checkpoint.num_layers)
             layer.mlp.experts.probe = None
+            del layer  # a streamed layer goes before the next one is decoded
         for batch, variants in zip(wave, states, strict=True):
             yield batch, [self.norm(hidden.to(self.device)) for hidden in variants]
 
@@ -179,7 +201,7 @@ class _Run:
         predictors = kept.roll(-1, dims=1)  # position 0 is never kept, so nothing wraps around
         targets = self.tokens[batch][kept].to(self.device)
         selected = [h[predictors.to(self.device)] for h in hidden]
-        rows = kernel.slice_rows(self.checkpoint.config.vocab_size)
+        rows = kernel.slice_rows(self.checkpoint.config.vocab_size, self.device)
         base = next((v for v, keep in enumerate(self.keep_sets) if keep is None), None)
         compare = base is not None and len(self.keep_sets) > 1
         where = torch.stack([batch[kept.nonzero()[:, 0]], kept.nonzero()[:, 1]], dim=1)
@@ -222,7 +244,8 @@ def decoded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
     import psutil
 
     return psutil.virtual_memory().available

@@ -83,7 +83,7 @@ def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
     status = _worst({c.status for c in checks} | ({INCOMPLETE} if reasons else set()))
     reasons += [c.reason for c in checks if c.reason]
     if saw_its_rows(candidate):
-        reasons.append("its experts were chosen on rows that it is judged on")
+        reasons.append("its experts may have been chosen on rows that it is judged on")
     return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from .checkpoint import Checkpoint
 from .errors import ParameterError, ResultError
 from .files import read_json
-from .saliency import SCHEMA, sums_by_layer
+from .saliency import SCHEMA, sums_by_layer, sums_sha256
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def from_ranking(
     keep_n: int | None = None,
     multiple_of: int = 4,
     core_top_m: int = 0,
+    keep_super: bool = False,
 ) -> KeepSet:
     """The keep-set of a model by one criterion of its ranking file.
 
-    core_top_m reads saliency.parquet beside the ranking. Raises ParameterError or ResultError when the ranking is of
-    another model, lacks the criterion, or the count is impossible.
+    core_top_m and keep_super read saliency.parquet beside the ranking. Raises ParameterError or ResultError when the
+    ranking is of another model, lacks the criterion, or the count is impossible.
     """
     content = read_ranking(ranking)
     provenance = content["provenance"]
@@ -128,19 +129,29 @@ def from_ranking(
     count = keep_count(
         checkpoint.num_experts, checkpoint.top_k, keep_frac=keep_frac, keep_n=keep_n, multiple_of=multiple_of
     )
-    core = None
-    if core_top_m:
-        folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
-        if not (folder / "saliency.parquet").is_file():
-            raise ResultError(f"core_top_m needs saliency.parquet beside {ranking}; copy it there or run 01_rank again")
-        core = core_experts(pq.read_table(folder / "saliency.parquet"), core_top_m)
-    ids = choose(np.array(content["criteria"][criterion]["ranking"]), count, core)
+    always = None
+    if core_top_m or keep_super:
+        sums = _read_sums(ranking, provenance)
+        always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
+    ids = choose(np.array(content["criteria"][criterion]["ranking"]), count, always)
     chosen_by = {
         "criterion": criterion,
         "keep_n": count,
         "core_top_m": core_top_m,
+        "keep_super": keep_super,
         "ranking_sha256": provenance["sha256"],
         "ranking_rows": provenance["rows"],
         "ranking_rows_sha256": provenance["rows_sha256"],
     }
     return KeepSet(ids, checkpoint.num_experts, chosen_by)
+
+
+def _read_sums(ranking: str | Path, provenance: dict) -> pa.Table:
+    folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
+    file = folder / "saliency.parquet"
+    if not file.is_file():
+        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or run 01_rank again")
+    sums = pq.read_table(file)
+    if sums_sha256(sums) != provenance["saliency_sha256"]:
+        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash. Run 01_rank again.")
+    return sums

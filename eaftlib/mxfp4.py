@@ -17,7 +17,7 @@ _SCALE_BIAS = 127
 
 
 def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values [..., G * 32] in ``dtype``, on the blocks' device. Exact in bfloat16 and wider.
+    """Values [E, ..., G * 32] in ``dtype``, on the blocks' device. Exact in bfloat16 and wider.
 
     Raises CheckpointError when blocks and scales do not fit together.
     """
@@ -26,9 +26,12 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
             f"MXFP4 blocks {tuple(blocks.shape)} {blocks.dtype} do not fit scales {tuple(scales.shape)} {scales.dtype}: "
             f"expected uint8 [..., G, {GROUP // 2}] and uint8 [..., G]. The checkpoint is damaged; fetch it again."
         )
-    pairs = _byte_table(dtype, blocks.device)[blocks.int()]  # [..., G, 16, 2]
-    exponents = (scales.int() - _SCALE_BIAS)[..., None, None]
-    return torch.ldexp(pairs, exponents).to(dtype).flatten(-3)
+    table = _byte_table(blocks.device)
+    values = torch.empty((*scales.shape, GROUP), dtype=dtype, device=blocks.device)
+    for block, scale, value in zip(blocks, scales, values, strict=True):  # one expert's float32 values at a time
+        exponents = (scale.int() - _SCALE_BIAS)[..., None, None]
+        value.copy_(torch.ldexp(table[block.int()], exponents).flatten(-2))
+    return values.flatten(-2)
 
 
 def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +67,8 @@ def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def _byte_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[256, 2]: the two values of every byte, low nibble first. Scaled in float32 unless dtype is already exact."""
+def _byte_table(device: torch.device) -> torch.Tensor:
+    """float32 [256, 2]: the two values of every byte, low nibble first."""
     values = torch.tensor([*_E2M1, *(-v for v in _E2M1)], dtype=torch.float32, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)

@@ -81,7 +81,7 @@ class PackSource:
         else:
             raise PackError(f"pack {pack!r} is not in {self.source}; it has {self.names}")
         for text in candidates:
-            if isinstance(text, str) and text.strip() and _in_split(text, split):
+            if isinstance(text, str) and text and _in_split(text, split):
                 yield text
 
 
@@ -92,6 +92,8 @@ def pack_blocks(
 
     Raises PackError when the rows do not fill the blocks or no token of them lies in a completion span.
     """
+    for part in source.names[:-1] if pack == UNION else [pack]:
+        _require_spans(source, part, rows)
     wanted = seq_len * num_blocks
     tokens, kept = np.empty(wanted, np.int32), np.zeros(wanted, bool)
     digest, rows_seen, filled = hashlib.sha256(), 0, 0
@@ -113,11 +115,16 @@ def pack_blocks(
     tokens, kept = tokens.reshape(num_blocks, seq_len), kept.reshape(num_blocks, seq_len)
     kept[:, 0] = False  # nothing in its block predicts the first token
     if not kept.any():
-        raise PackError(
-            f"pack {pack} of {source.source}: none of {rows_seen} rows has an assistant message closed by <|end|>, "
-            "<|call|> or <|return|>, so there is nothing to score. Is the text in Harmony format?"
-        )
+        raise PackError(f"pack {pack} of {source.source}: no token of the first {num_blocks} blocks is an assistant's")
     return Blocks(pack, rows, tokens, kept, rows_seen, digest.hexdigest())
+
+
+def _require_spans(source: PackSource, pack: str, rows: str) -> None:
+    if not any(completion_spans(text) for text in source.rows(pack, rows)):
+        raise PackError(
+            f"pack {pack} (rows: {rows}) of {source.source}: no row has an assistant message closed by <|end|>, <|call|> or "
+            "<|return|>, so there is nothing to score. Is the text in Harmony format?"
+        )
 
 
 def overlaps(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
@@ -168,9 +175,11 @@ def _find_files(source: str, pack_files: list[str] | None) -> dict[str, Path]:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             raise PackError(f"packs: {source!r} is neither a folder nor an 'owner/name' of a data set")
         return _fetch_from_hub(source, pack_files)
-    found = pack_files or sorted(str(p.relative_to(folder)) for p in folder.rglob("*.parquet"))
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.parquet")) if pack_files is None else pack_files
     if not found:
-        raise PackError(f"packs: {folder} has no parquet file")
+        raise PackError(
+            f"packs: {folder} has no parquet file" if pack_files is None else "pack_files: the list is empty"
+        )
     for name in found:
         if not (folder / name).is_file():
             there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.parquet"))
@@ -187,7 +196,10 @@ def _kaggle_mount(source: str) -> Path | None:
 
 def _fetch_from_hub(repo: str, pack_files: list[str] | None) -> dict[str, Path]:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import (  # HTTPError: of whichever client the hub library uses
+        EntryNotFoundError,
+        HTTPError,
+    )
 
     try:
         if pack_files is None:
@@ -195,7 +207,7 @@ def _fetch_from_hub(repo: str, pack_files: list[str] | None) -> dict[str, Path]:
             pack_files = sorted(f for f in repo_files if f.endswith(".parquet"))
         # Downloads resume where an earlier one stopped and are kept in the hub's cache.
         return {f: Path(hf_hub_download(repo, f, repo_type="dataset")) for f in pack_files}
-    except (EntryNotFoundError, OSError) as error:
+    except (EntryNotFoundError, HTTPError, OSError) as error:
         raise PackError(
             f"packs: {repo!r} is no local folder and could not be fetched from the hub: {error}. "
             "Check the name, the network and HF_TOKEN, or give a folder."

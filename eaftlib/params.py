@@ -82,6 +82,7 @@ class KeepSetParameters(Parameters):
     keep_n: int | None = None
     multiple_of: int = 4
     core_top_m: int = 0
+    keep_super: bool = False
 
 
 class Prune(KeepSetParameters):
@@ -95,16 +96,12 @@ class Prune(KeepSetParameters):
         return self.model_dump(include=set(KeepSetParameters.model_fields))
 
 
-class LabelledKeepSet(Parameters):
+class LabelledKeepSet(KeepSetParameters):
     """One entry of a list of keep-sets; only a label: the whole model, scored in the same pass."""
 
     label: str
     ranking: str | None = None
     criterion: str | None = None
-    keep_frac: float | None = None
-    keep_n: int | None = None
-    multiple_of: int = 4
-    core_top_m: int = 0
 
     @model_validator(mode="after")
     def _whole_or_complete(self) -> Self:

@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the files are made from; ``best`` is the passing model that keeps the fewest bytes, if any passes."""
+    """Everything the files are made from; ``best`` is the passing model with the fewest experts, if any passes."""
 
     baseline: Result
     candidates: list[Result]
@@ -41,11 +41,11 @@ class Report:
     def best(self) -> Verdict | None:
         passing = [v for v in self.verdicts if v.status == PASS]
 
-        def bytes_then_cost(verdict: Verdict) -> tuple:
+        def experts_then_cost(verdict: Verdict) -> tuple:
             kept = self.keep_n(verdict)  # an earlier file does not say: it comes last
             return (kept is None, kept or 0, max(c.ppl.value for c in verdict.comparisons.values()))
 
-        return min(passing, key=bytes_then_cost, default=None)
+        return min(passing, key=experts_then_cost, default=None)
 
     @property
     def headline(self) -> str:
@@ -55,8 +55,8 @@ class Report:
             return f"None of {len(self.verdicts)} candidates passes {self.gates.name}."
         passing = sum(v.status == PASS for v in self.verdicts)
         return (
-            f"{self.best.label} passes {self.gates.name} with {self.keep_n(self.best) or '?'} of {total or '?'} experts per layer"
-            f"{self._bytes_saved(self.best.label)}; {passing} of {len(self.verdicts)} candidates pass."
+            f"{self.best.label} passes {self.gates.name} with {self.keep_n(self.best) or '?'} of {total or '?'} experts "
+            f"per layer{self._bytes_saved(self.best.label)}; {passing} of {len(self.verdicts)} candidates pass."
         )
 
     def keep_n(self, verdict: Verdict) -> int | None:
@@ -176,7 +176,10 @@ def notes(report: Report) -> list[str]:
         f"{meta.get('gpu_name') or meta.get('device', 'device unknown')}, {meta.get('dtype', 'dtype unknown')}.",
     ]
     if any(r.comparison and r.comparison.binned for r in report.rows):
-        found.append("(binned): per-token values were not at hand; conflicts and floors come from histogram bins.")
+        found.append(
+            "(binned): per-token values were not at hand; conflicts and floors come from histogram bins. Files without schema "
+            "do not record rows or tokenizer, so that those agree is not checked."
+        )
     return found
 
 
@@ -203,23 +206,28 @@ def verdict_content(report: Report) -> dict:
 
 
 def summary(content: dict) -> str:
-    """verdict.json as text: dPPL (the worst primary length) by criterion and keep count, passes starred."""
-    models = content["models"].values()
-    matrix: dict[str, dict[int, str]] = {}
-    for model in models:
+    """verdict.json as text: by criterion and keep count the largest |dPPL| over primary lengths, passes starred."""
+    cells: dict[tuple[str, int], tuple[float, str]] = {}
+    for model in content["models"].values():
         deltas = [c["value"] for c in model["checks"] if c["gate"] == "dPPL"]
-        if model["criterion"] and deltas:
-            mark = {PASS: "*", UNDECIDED: "?"}.get(model["verdict"], " ")
-            cell = f"{max(deltas, key=abs):+.3f}{mark}"
-            known = matrix.setdefault(model["criterion"], {}).get(model["keep_n"])
-            matrix[model["criterion"]][model["keep_n"]] = min(known, cell, key=len) if known else cell
-    counts = sorted({n for row in matrix.values() for n in row}, reverse=True)
-    order = sorted(matrix, key=lambda c: [float(matrix[c][n][:-1]) if n in matrix[c] else 0.0 for n in counts])
+        key = (model["criterion"], model["keep_n"])
+        if None in key or not deltas:
+            continue
+        found = (max(deltas, key=abs), model["verdict"])
+        # One keep-set may have been scored twice, virtually and on disk: the worse one is shown.
+        cells[key] = max(cells.get(key, found), found, key=lambda cell: (cell[1] != PASS, abs(cell[0])))
+    counts = sorted({n for _, n in cells}, reverse=True)
+    missing = (float("inf"), "")
+    criteria = sorted({c for c, _ in cells}, key=lambda c: [abs(cells.get((c, n), missing)[0]) for n in counts])
+
+    def text(cell: tuple[float, str] | None) -> str:
+        return "" if cell is None else f"{cell[0]:+.3f}" + {PASS: "*", UNDECIDED: "?"}.get(cell[1], " ")
+
     lines = [
-        f"{content['gates']}, against {content['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
+        f"{content['gates']} against {content['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
     ]
     lines.append(f"{'':<16}" + "".join(f"{'keep ' + str(n):>12}" for n in counts))
-    lines += [f"{c:<16}" + "".join(f"{matrix[c].get(n, ''):>12}" for n in counts) for c in order]
+    lines += [f"{c:<16}" + "".join(f"{text(cells.get((c, n))):>12}" for n in counts) for c in criteria]
     return "\n".join([*lines, "", content["headline"]])
 
 

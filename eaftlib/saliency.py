@@ -112,6 +112,7 @@ def trace(
             "num_blocks": len(blocks.tokens),
             "kept_tokens": int(blocks.kept.sum()),
             "entropy_topk": entropy_topk,
+            "device": str(placement.device),
             "dtype": str(placement.dtype).removeprefix("torch."),
         },
     )
@@ -220,8 +221,9 @@ def ranking_of(trace: Trace, sums: pa.Table, criteria: list[str], *, settings: d
             "ranking": ranking.tolist(),
         }
     layers, _, top_k = trace.expert.shape
-    provenance = trace.provenance | settings | {"seed": seed}
-    provenance["sha256"] = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
+    provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
+    everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
+    provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
     return {
         "schema": SCHEMA,
         "provenance": provenance,
@@ -230,6 +232,14 @@ def ranking_of(trace: Trace, sums: pa.Table, criteria: list[str], *, settings: d
         "top_k": top_k,
         "criteria": entries,
     }
+
+
+def sums_sha256(sums: pa.Table) -> str:
+    """Identifies the sums by their values, whatever file they are in."""
+    digest = hashlib.sha256()
+    for name in sums.column_names:
+        digest.update(name.encode() + sums[name].to_numpy().astype(np.float64).tobytes())
+    return digest.hexdigest()
 
 
 def write_ranking(out_dir: Path, ranking: dict, sums: pa.Table) -> None:

@@ -38,12 +38,15 @@ def checkpoint_sizes(checkpoint: Checkpoint, keep_n: int | None = None) -> Sizes
     kept = checkpoint.num_experts if keep_n is None else keep_n
     total = experts = 0
     for name in checkpoint.names:
-        size = checkpoint.tensor(name).nbytes
-        if is_expert_tensor(name):
-            size = size // checkpoint.num_experts * kept
-            experts += size
+        size = _sliced_bytes(checkpoint, name, kept)
         total += size
+        experts += size if is_expert_tensor(name) else 0
     return Sizes(total, experts)
+
+
+def _sliced_bytes(checkpoint: Checkpoint, name: str, keep_n: int) -> int:
+    size = checkpoint.tensor(name).nbytes
+    return size // checkpoint.num_experts * keep_n if is_expert_tensor(name) else size
 
 
 def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: bool = True) -> dict:
@@ -126,6 +129,7 @@ def _write_shards(
             weight_map |= dict.fromkeys(names, file)
             finished(file)
             bar.update(sum(t.nbytes for t in tensors.values()))
+            del tensors  # one shard at a time
     index = {"metadata": {"total_size": sizes.total}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, index)
     finished(INDEX_FILE)
@@ -135,9 +139,7 @@ def _plan_shards(checkpoint: Checkpoint, keep: KeepSet) -> list[list[str]]:
     shards: list[list[str]] = []
     filled = SHARD_BYTES
     for name in checkpoint.names:
-        size = checkpoint.tensor(name).nbytes
-        if is_expert_tensor(name):
-            size = size // checkpoint.num_experts * keep.keep_n
+        size = _sliced_bytes(checkpoint, name, keep.keep_n)
         if filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0

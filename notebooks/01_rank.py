@@ -41,11 +41,12 @@ align = "predictor"  # a token's weight goes to the experts that predicted it (p
 device = "auto"
 dtype = "auto"
 seed = 0
-out_dir = "outputs/demo/rank"
+out_dir = "outputs/by-hand/rank"
 
 # %%
 from pathlib import Path
 
+import numpy as np
 from IPython import get_ipython
 
 from eaftlib import figures, forward, params, project, saliency
@@ -86,8 +87,8 @@ print(f"{run.seconds:.1f} s, {run.tokens_per_second:,.0f} tokens/s; {trace.exper
 # %%
 weight = saliency.token_weights(trace, p.cc_quantile, saliency.RegionWeights(p.w_good, p.w_uncertain, p.w_conflict))
 sums = saliency.expert_sums(trace, weight, p.align)
-for name, value in (("good", p.w_good), ("uncertain", p.w_uncertain), ("conflict", p.w_conflict)):
-    print(f"{name:10} weight {value:+.2f}   {(weight == value).mean():8.3%} of tokens")
+for value in np.unique(weight):
+    print(f"weight {value:+.2f}   {(weight == value).mean():8.3%} of tokens")
 
 # %% [markdown]
 # **Read from it:** conflicts are rare, so the negative weight can hardly move a rank by itself; what EAFT weighting mostly does is
@@ -96,7 +97,7 @@ for name, value in (("good", p.w_good), ("uncertain", p.w_uncertain), ("conflict
 # ## The ranking
 
 # %%
-settings = p.model_dump(include={"cc_quantile", "w_good", "w_uncertain", "w_conflict", "align"})
+settings = p.model_dump(include={"packs", "pack_files", "cc_quantile", "w_good", "w_uncertain", "w_conflict", "align"})
 ranking = saliency.ranking_of(trace, sums, p.criteria, settings=settings, seed=p.seed)
 saliency.write_ranking(Path(p.out_dir), ranking, sums)
 scores = {name: saliency.criterion_scores(sums, name, p.seed) for name in p.criteria}
@@ -117,7 +118,7 @@ figures.mass_concentration({name: s for name, s in scores.items() if name != "ra
 # `03_evaluate` shows what it costs.
 
 # %%
-figures.criteria_agreement({n: saliency.rank_experts(s) for n, s in scores.items()}, keep_n)
+figures.criteria_agreement({name: np.array(c["ranking"]) for name, c in ranking["criteria"].items()}, keep_n)
 
 # %% [markdown]
 # **Read from it:** two criteria that keep the same experts cannot differ in quality. The `random` row shows what chance agrees on.

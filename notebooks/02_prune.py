@@ -24,13 +24,14 @@
 # %% tags=["parameters"]
 # Parameters
 model = "demo/model"
-ranking = "outputs/demo/rank/ranking.json"
+ranking = "outputs/by-hand/rank/ranking.json"
 criterion = "reap_mass"
 keep_frac = None  # share of the experts that stay; give this or keep_n
 keep_n = 24
 multiple_of = 4  # fused routing kernels want multiples of 4
 core_top_m = 0  # per layer, this many experts with the largest positive mass always stay
-out_dir = "outputs/demo/pruned-24"
+keep_super = False  # experts with outlier activations always stay
+out_dir = "outputs/by-hand/pruned-24"  # never overwritten: remove it, or choose another name
 
 # %%
 from IPython import get_ipython

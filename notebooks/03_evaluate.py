@@ -36,7 +36,7 @@ entropy_topk = 20
 cc_quantile = 0.15
 device = "auto"
 dtype = "auto"
-out_dir = "outputs/demo/evaluate"
+out_dir = "outputs/by-hand/evaluate"
 
 # %%
 import pandas as pd

@@ -22,10 +22,10 @@
 
 # %% tags=["parameters"]
 # Parameters
-results = ["outputs/demo/evaluate"]  # result files or folders
+results = ["outputs/by-hand/evaluate"]  # result files or folders
 baseline = "base"  # label of the unpruned model's result
 gates = "params/gates/near-lossless-v1.json"
-out_dir = "outputs/demo/report"
+out_dir = "outputs/by-hand/report"
 
 # %%
 from IPython import get_ipython

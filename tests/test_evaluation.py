@@ -149,7 +149,7 @@ def test_bad_input_is_found_before_any_weight_is_read(
 
 def test_a_pack_without_an_assistant_is_found_before_any_weight_is_read(checkpoint, cpu, tmp_path, no_weights):
     world.write_pack(tmp_path / "packs" / "mute.parquet", ["<|start|>user<|message|>" + "hello " * 200 + "<|end|>"])
-    with pytest.raises(PackError, match=r"pack mute .* none of 1 rows has an assistant message"):
+    with pytest.raises(PackError, match=r"pack mute .* no row has an assistant message"):
         evaluate(
             checkpoint, evaluation.PackSource(str(tmp_path / "packs")), cpu, {"x": None},
             out_dir=tmp_path / "out", **(SETTINGS | {"only": None}),
@@ -157,7 +157,7 @@ def test_a_pack_without_an_assistant_is_found_before_any_weight_is_read(checkpoi
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pass_that_fails_writes_nothing(checkpoint, source, cpu, tmp_path, monkeypatch):
+def test_a_pass_that_fails_leaves_the_finished_passes_whole(checkpoint, source, cpu, tmp_path, monkeypatch):
     score, calls = forward.score, []
 
     def failing(*args, **kwargs):
@@ -169,7 +169,15 @@ def test_a_pass_that_fails_writes_nothing(checkpoint, source, cpu, tmp_path, mon
     monkeypatch.setattr(forward, "score", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path / "out", **SETTINGS)
-    assert not (tmp_path / "out").exists()
+    kept = results.read(tmp_path / "out" / "x.json")
+    assert len(kept.entries) == 2 and all(kept.tokens(*key) is not None for key in kept.entries)
+
+
+def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
+    old = {"schema": results.SCHEMA, "meta": {"label": "x", "model_sha256": "other", "keep_set": None}, "packs": []}
+    (tmp_path / "x.json").write_text(json.dumps(old))
+    with pytest.raises(EaftError, match=r"x\.json is the result of another model \(model_sha256 other, now"):
+        evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
 
 
 @pytest.mark.parametrize("label", ["../escaped", "a/b", ""])

@@ -57,7 +57,7 @@ def mode(request, monkeypatch):
 def small_batches(monkeypatch):
     """Micro-batches of two blocks, and slices of seven tokens: several of each, with a remainder."""
     monkeypatch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
-    monkeypatch.setattr(kernel, "slice_rows", lambda vocab: 7)
+    monkeypatch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
 
 
 def test_statistics_equal_transformers(checkpoint, blocks, cpu, hf_model, mode, small_batches):

@@ -168,6 +168,7 @@ def test_a_keep_set_says_how_it_was_chosen(checkpoint, ranking_folder, blocks):
         "criterion": "reap",
         "keep_n": 8,
         "core_top_m": 1,
+        "keep_super": False,
         "ranking_sha256": provenance["sha256"],
         "ranking_rows": "all",
         "ranking_rows_sha256": blocks.rows_sha256,

@@ -14,7 +14,7 @@ RANK = {
 }  # fmt: skip
 PRUNE = {
     "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
-    "core_top_m": 0, "out_dir": "o",
+    "core_top_m": 0, "keep_super": False, "out_dir": "o",
 }  # fmt: skip
 EVALUATE = {
     "model": "m", "label": "base", "keep_set": None, "packs": "p", "pack_files": None, "only": None, "rows": "all",
@@ -96,7 +96,7 @@ def test_whole_numbers_are_numbers_too():
 
 
 def test_one_keep_set_becomes_arguments_under_the_label():
-    expected = KEEP | {"keep_frac": None, "multiple_of": 4, "core_top_m": 0}
+    expected = KEEP | {"keep_frac": None, "multiple_of": 4, "core_top_m": 0, "keep_super": False}
     assert Evaluate.check(EVALUATE | {"keep_set": KEEP}).keep_sets == {"base": expected}
     assert Evaluate.check(EVALUATE).keep_sets == {"base": None}
 

@@ -26,7 +26,7 @@ COLUMNS = (
 def trace(request, checkpoint, blocks, cpu):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
-        patch.setattr(kernel, "slice_rows", lambda vocab: 7)
+        patch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
         if request.param == "streamed":
             patch.setattr(forward, "RESIDENT_SHARE", 0)
         yield saliency.trace(checkpoint, blocks, cpu, progress=False)[0]
