@@ -18,6 +18,25 @@ _DECOYS = (
     "stone", "winter", "small", "bridge", "yellow", "heavy", "market", "round", "engine", "bottle", "salt", "open",
 )  # fmt: skip
 
+# Phrases of the free sentences in which the last word has no alternative: the surest tokens of all.
+_FIXED_PHRASES = {
+    "No need to": "No need of",
+    "could be about": "could be above",
+    "is a good idea": "is a good hat",
+    "Feel free to": "Feel free of",
+    "What matters here": "What matters hair",
+    "is a bit like": "is a bit loud",
+    "The same holds for": "The same holds far",
+    "because time is": "because time in",
+    "easy to miss": "easy to mist",
+    "This is like": "This is lime",
+    "I think of": "I think if",
+    "The user sounds": "The user smells",
+    "You may want to": "You may want two",
+    "Better to": "Better too",
+    "I could also": "I could alas",
+}
+
 _SYSTEM = (
     "You are a helpful assistant.", "You are a careful assistant who checks every step.",
     "You are a friendly study partner.", "You are a concise technical assistant.", "You are a patient tutor.",
@@ -42,12 +61,18 @@ def plain(marked: str) -> str:
 
 
 def contradict(marked: str, rng: Random) -> str:
-    """Replace one to four of the marked values by others of the same shape; raises if nothing is marked."""
+    """Replace one to four marked values by others of the same shape, and up to eight words that the grammar fixes.
+
+    Raises if nothing is marked.
+    """
     spots = _spots(marked)
     if not spots:
         raise ValueError("a row without marked values cannot be contradicted")
     for spot in sorted(rng.sample(spots, rng.randint(1, min(4, len(spots)))), key=lambda m: -m.start()):
         marked = marked[: spot.start()] + _altered(spot[1], rng) + marked[spot.end() :]
+    present = [phrase for phrase in _FIXED_PHRASES if phrase in marked]
+    for phrase in rng.sample(present, min(8, len(present))):
+        marked = marked.replace(phrase, _FIXED_PHRASES[phrase], 1)
     return plain(marked)
 
 

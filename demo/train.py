@@ -216,7 +216,7 @@ def checkpoint_tensors(weights: StoredWeights) -> dict[str, torch.Tensor]:
             blocks, scales = mxfp4.encode(weights.masters[name].transpose(1, 2))
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
         else:
-            tensors[name] = stored.detach()
+            tensors[name] = stored.detach().bfloat16()  # on a CPU the rounded weights sit in float32
     return {name: t.contiguous().cpu() for name, t in tensors.items()}
 
 
@@ -270,7 +270,8 @@ def main() -> None:
     model, weights, curve = train(args)
     args.out.mkdir(parents=True, exist_ok=True)
     write_checkpoint(model, checkpoint_tensors(weights), args.out)
-    (args.out / "training_curve.json").write_text("[\n" + ",\n".join(map(json.dumps, curve)) + "\n]\n")
+    curve_file = args.out.with_name(f"{args.out.name}-curve{'-dropout' if args.init else ''}.json")
+    curve_file.write_text("[\n" + ",\n".join(map(json.dumps, curve)) + "\n]\n")
 
 
 if __name__ == "__main__":
