@@ -21,7 +21,7 @@ define execute
 	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)) -f $(2)
 endef
 
-# Rank once; evaluate the whole model and twenty-five keep-sets in one pass; prune and evaluate what was written; report.
+# Rank once; evaluate the whole model and thirty keep-sets in one pass; prune and evaluate what was written; report.
 demo: $(READY)
 	rm -rf $(addprefix $(DEMO)/,rank evaluate pruned-24 report)
 	$(call execute,01_rank,params/demo/rank.yaml)
