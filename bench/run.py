@@ -9,6 +9,7 @@ checkpoint to half its experts against copying the kept bytes (bench/make_checkp
 import argparse
 import datetime
 import json
+import os
 import platform
 import resource
 import shutil
@@ -102,6 +103,7 @@ def compare_pruning(model: str) -> list[dict]:
         [sys.executable, "-c", code, model, str(folder / "half")], cwd=ROOT, capture_output=True, text=True, check=True
     )
     report = json.loads(found.stdout.splitlines()[-1])
+    forget(folder / "half")
     started = time.perf_counter()
     shutil.copytree(folder / "half", folder / "copy")
     subprocess.run(["sync", "-f", folder], check=True)
@@ -125,6 +127,7 @@ def prune_to_half(model: str, out: str) -> None:
     checkpoint = Checkpoint(model)
     keep = slicing.keep_all(checkpoint)
     keep = KeepSet(keep.ids[:, ::2], keep.num_experts, {"criterion": "every other expert", "keep_n": keep.keep_n // 2})
+    forget(checkpoint.folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     manifest = slicing.prune(checkpoint, keep, out, progress=False)
@@ -141,6 +144,14 @@ def prune_to_half(model: str, out: str) -> None:
             }
         )
     )
+
+
+def forget(folder: Path) -> None:
+    """Drop the folder's files from the page cache, so that both sides read from the disk."""
+    subprocess.run(["sync", "-f", folder], check=True)
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def device_name() -> str:

@@ -1,7 +1,9 @@
 """A gpt-oss checkpoint on disk: found, verified before use, and read one layer at a time."""
 
 import hashlib
+import json
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +22,17 @@ SINGLE_FILE = "model.safetensors"
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file: its dtype as the format spells it, and its bytes from ``offset`` on, row-major."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    offset: int
+    nbytes: int
+
+
 class Checkpoint:
     """An opened checkpoint. Opening reads and checks headers only; tensors are memory-mapped when they are asked for."""
 
@@ -32,6 +45,7 @@ class Checkpoint:
         self.folder = _find_folder(model)
         self.config = _read_config(self.folder)
         self._shard_of = _read_index(self.folder)
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._shards = {file: _open_shard(self.folder / file) for file in sorted(set(self._shard_of.values()))}
         self._verify()
 
@@ -81,6 +95,13 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor, memory-mapped on the CPU."""
         return self._shards[self._shard_of[name]].get_tensor(name)
+
+    def location(self, name: str) -> "StoredTensor":
+        """Where the tensor's bytes lie on disk, for copying them without decoding."""
+        file = self._shard_of[name]
+        if file not in self._headers:
+            self._headers[file] = _read_header(self.folder / file)
+        return self._headers[file][name]
 
     def shape(self, name: str) -> list[int]:
         return self._slice(name).get_shape()
@@ -175,6 +196,19 @@ class Checkpoint:
 def is_expert_tensor(name: str) -> bool:
     """Whether dim 0 of the tensor counts experts: the router's weight and bias, and everything under mlp.experts."""
     return ".mlp.router." in name or ".mlp.experts." in name
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """A safetensors file begins with the header's length (8 bytes, little-endian) and a JSON header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, entry["dtype"], entry["shape"], 8 + length + start, end - start)
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
 
 
 def _find_folder(model: str) -> Path:

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
 from .checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
 from .errors import CheckpointError
 from .files import write_json
 from .keepsets import KeepSet
 
-SHARD_BYTES = 1 << 30  # peak memory is one shard and one tensor: under 2 GB for gpt-oss-20b
+SHARD_BYTES = 4 << 30  # as large as the published checkpoint's
+COPY_BYTES = 8 << 20  # all that is held in memory
 MANIFEST = "prune_manifest.json"
 MAPPING = "expert_mapping.json"
 MANIFEST_SCHEMA = "eaft-prune/1"
@@ -45,7 +45,7 @@ def checkpoint_sizes(checkpoint: Checkpoint, keep_n: int | None = None) -> Sizes
 
 
 def _sliced_bytes(checkpoint: Checkpoint, name: str, keep_n: int) -> int:
-    size = checkpoint.tensor(name).nbytes
+    size = checkpoint.location(name).nbytes
     return size // checkpoint.num_experts * keep_n if is_expert_tensor(name) else size
 
 
@@ -77,15 +77,6 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
         if temporary.exists():
             shutil.rmtree(temporary)
     return manifest
-
-
-def sliced(checkpoint: Checkpoint, keep: KeepSet, name: str) -> torch.Tensor:
-    """The stored tensor with the kept experts' rows only; tensors that do not count experts are returned whole."""
-    tensor = checkpoint.tensor(name)
-    if not is_expert_tensor(name) or keep.keep_n == checkpoint.num_experts:
-        return tensor
-    layer = int(name.split(".")[2])
-    return tensor[torch.from_numpy(keep.ids[layer])]
 
 
 def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, progress: bool) -> dict:
@@ -123,16 +114,52 @@ def _write_shards(
     with tqdm(total=sizes.total, unit="B", unit_scale=True, desc="prune", disable=not progress) as bar:
         for i, names in enumerate(shards, start=1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: sliced(checkpoint, keep, name) for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)
+            _write_shard(checkpoint, keep, names, folder / file, bar.update)
             weight_map |= dict.fromkeys(names, file)
             finished(file)
-            bar.update(sum(t.nbytes for t in tensors.values()))
-            del tensors  # one shard at a time
     index = {"metadata": {"total_size": sizes.total}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, index)
     finished(INDEX_FILE)
+
+
+def _write_shard(
+    checkpoint: Checkpoint, keep: KeepSet, names: list[str], path: Path, copied: Callable[[int], object]
+) -> None:
+    """A safetensors file whose bytes come straight from the source's: no tensor is ever in memory as a whole."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        stored, start = checkpoint.location(name), end
+        end += _sliced_bytes(checkpoint, name, keep.keep_n)
+        shape = [keep.keep_n, *stored.shape[1:]] if is_expert_tensor(name) else stored.shape
+        header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins aligned
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _copy_kept(checkpoint, keep, name, out, copied)
+
+
+def _copy_kept(
+    checkpoint: Checkpoint, keep: KeepSet, name: str, out: BinaryIO, copied: Callable[[int], object]
+) -> None:
+    stored = checkpoint.location(name)
+    runs = [(stored.offset, stored.nbytes)]
+    if is_expert_tensor(name):
+        row = stored.nbytes // checkpoint.num_experts
+        runs = [(stored.offset + int(expert) * row, row) for expert in keep.ids[int(name.split(".")[2])]]
+    buffer = memoryview(bytearray(min(COPY_BYTES, max(size for _, size in runs))))
+    with stored.file.open("rb", buffering=0) as source:
+        for offset, remaining in runs:
+            source.seek(offset)
+            while remaining:
+                count = source.readinto(buffer[: min(remaining, COPY_BYTES)])
+                if not count:
+                    raise CheckpointError(f"{stored.file} ended inside {name}; fetch the checkpoint again")
+                out.write(buffer[:count])
+                copied(count)
+                remaining -= count
 
 
 def _plan_shards(checkpoint: Checkpoint, keep: KeepSet) -> list[list[str]]:

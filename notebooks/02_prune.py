@@ -60,7 +60,7 @@ for layer in sorted({0, checkpoint.num_layers // 2, checkpoint.num_layers - 1}):
 # %% [markdown]
 # ## Write it
 #
-# The stream holds one shard and one tensor at a time. It goes to a temporary folder that is renamed when everything, the manifest with
+# Bytes are copied straight from the source, a few megabytes in memory at a time. They go to a temporary folder that is renamed when everything, the manifest with
 # the SHA-256 of every file included, is there. An existing folder is never overwritten.
 
 # %%

@@ -169,16 +169,16 @@ def test_without_space_nothing_is_left_behind(checkpoint, keep, tmp_path, monkey
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_crash_at_the_second_shard_leaves_nothing_behind(checkpoint, keep, tmp_path, monkeypatch, failure):
-    save_file, written = slicing.save_file, []
+    write_shard, written = slicing._write_shard, []
 
-    def failing(tensors, path, **kwargs):
+    def failing(*args):
         if written:
             raise failure
-        written.append(path)
-        save_file(tensors, path, **kwargs)
+        written.append(args)
+        write_shard(*args)
 
     monkeypatch.setattr(slicing, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(slicing, "save_file", failing)
+    monkeypatch.setattr(slicing, "_write_shard", failing)
     with pytest.raises(type(failure)):
         prune(checkpoint, keep, tmp_path / "out", progress=False)
     assert written and list(tmp_path.iterdir()) == []
