@@ -137,7 +137,7 @@ def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> 
         np.atleast_1d(figure.subplots(1, len(limits), sharey=True)), limits.items(), strict=True
     ):
         part = [r for r in rows if r["seq_len"] == seq_len]
-        for criterion in sorted({r["criterion"] for r in part}, key=lambda c: -sum(c == k for k in COLORS)):
+        for criterion in sorted({r["criterion"] for r in part}):
             line = sorted((r for r in part if r["criterion"] == criterion), key=lambda r: r["keep_n"])
             x, y = [r["keep_n"] for r in line] + [num_experts], [r["dppl"] for r in line] + [0.0]
             axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color_of(criterion), label=criterion)
