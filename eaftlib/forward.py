@@ -257,7 +257,9 @@ def _progress_bar(total: int, blocks: Blocks, variants: int, shown: bool):
 
     name = f"{blocks.pack} {blocks.seq_len}" + (f" x {variants} models" if variants > 1 else "")
     with tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not shown, mininterval=0.5) as bar:
-        yield bar.update
+        yield lambda tokens: bar.update(
+            min(tokens, total - bar.n)
+        )  # shares of layers add up past the total by rounding
 
 
 def _require_finite(nll: torch.Tensor, entropy: torch.Tensor, where: torch.Tensor) -> None:

@@ -108,7 +108,8 @@ keep_n = checkpoint.num_experts // 2
 figures.saliency_map(scores[p.criteria[0]], p.criteria[0], keep_n)
 
 # %% [markdown]
-# **Read from it:** a layer that is dark on the right has experts that hardly contribute; a layer of one colour needs them all.
+# **Read from it:** a layer that is dark on the right has experts that hardly contribute (white: never routed, or negative); a layer of
+# one colour needs them all.
 
 # %%
 figures.mass_concentration({name: s for name, s in scores.items() if name != "random"})
