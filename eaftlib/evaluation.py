@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from . import __version__, forward, results
+from . import __version__, forward, project, results
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ParameterError, ResultError
 from .files import read_json
@@ -36,12 +36,13 @@ def evaluate(
 ) -> list[Path]:
     """Score every keep-set (label -> KeepSet, or None for the whole model) and write one result per label.
 
-    Every pack and sequence length is one pass over the weights that serves all keep-sets. Returns the JSON paths.
+    Every pack and sequence length is one pass over the weights that serves all keep-sets. A pass that an earlier run of
+    the very same has finished is not repeated. Returns the JSON paths.
     """
     out_dir = Path(out_dir)
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
-    settings |= {"rows": rows, "seq_lens": list(seq_lens)}
+    settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
     _check_labels(out_dir, metas)
     packs = list(only) if only is not None else source.names
@@ -52,21 +53,57 @@ def evaluate(
         for length in seq_lens
     ]
     masks = [keep and keep.mask for keep in keep_sets.values()]
-    entries: dict[str, dict] = {label: {} for label in keep_sets}
-    tokens: dict[str, dict] = {label: {} for label in keep_sets}
+    entries: dict[str, dict] = {}
+    tokens: dict[str, dict] = {}
+    for label, meta in metas.items():
+        entries[label], tokens[label] = _finished(out_dir / f"{label}.json", meta)
+        meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
     for blocks in jobs:
+        key = (blocks.pack, blocks.seq_len)
+        if all(key in done and done[key]["rows_sha256"] == blocks.rows_sha256 for done in entries.values()):
+            if progress:
+                print(f"{blocks.pack} {blocks.seq_len}: finished by an earlier run of the same, not repeated")
+            continue
         run = forward.score(
             checkpoint, blocks, placement, keep_sets=masks, entropy_topk=entropy_topk, progress=progress
         )
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
-        key = (blocks.pack, blocks.seq_len)
         for label, variant in zip(keep_sets, run.variants, strict=True):
+            if not entries[label]:
+                _set_aside(out_dir / f"{label}.json")
             tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
             entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
             # Written after every pass: what is done survives a crash in the next one.
             content = {"schema": results.SCHEMA, "meta": metas[label], "packs": _by_pack(entries[label])}
             results.write(out_dir, label, content, tokens[label])
     return [out_dir / f"{label}.json" for label in keep_sets]
+
+
+def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
+    """Entries and tokens that an earlier run wrote to ``path`` with the same code, model, settings and device.
+
+    The process may have ended between the writing of the two files: an entry counts if its tokens give its numbers.
+    """
+    entries: dict[tuple[str, int], dict] = {}
+    tokens: dict[tuple[str, int], Tokens] = {}
+    if not path.is_file() or not results.tokens_path(path).is_file():
+        return entries, tokens
+    old = results.read(path)
+    if any(old.meta.get(name) != value for name, value in meta.items() if name != "seq_lens"):
+        return entries, tokens
+    stored = results.read_tokens(results.tokens_path(path))
+    for key, entry in old.entries.items():
+        expected = key in stored and aggregate(stored[key], meta["num_blocks"], meta["cc_quantile"])
+        if expected and expected.items() <= entry["model"].items():
+            entries[key], tokens[key] = entry, stored[key]
+    return entries, tokens
+
+
+def _set_aside(path: Path) -> None:
+    """Keep what a run with other settings has left under this label, until the next one does the same."""
+    for old in (path, results.tokens_path(path)):
+        if old.is_file():
+            old.replace(old.with_name(f"{old.name}.old"))
 
 
 def _entry(
@@ -121,6 +158,7 @@ def _meta(
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
         "engine": f"eaftlib {__version__}",
+        "code_sha256": project.code_sha256(),
         "device": str(placement.device),
         "dtype": str(placement.dtype).removeprefix("torch."),
         "gpu_name": gpu,

@@ -1,5 +1,6 @@
 """Where a notebook runs: the repository's root, and the versions that made its numbers."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -20,6 +21,16 @@ def enter() -> Path:
     os.chdir(root)
     print(f"eaftlib {__version__} ({commit(root)}), torch {torch.__version__}, transformers {transformers.__version__}")
     return root
+
+
+def code_sha256() -> str:
+    """Identifies the library's code, wherever it is installed: over the path and the bytes of every source file."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(f for f in package.rglob("*") if f.suffix in (".py", ".jinja")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def commit(root: Path) -> str:

@@ -15,6 +15,9 @@ from .files import parse_json, read_json, write_atomically, write_json
 from .statistics import Tokens
 
 SCHEMA = "eaft-result/1"
+_SAME_EVALUATION = (
+    "model_sha256", "keep_set", "tokenizer_sha256", "rows", "num_blocks", "entropy_topk", "cc_quantile"
+)  # fmt: skip
 _TOKEN_COLUMNS = {
     "pack": pa.dictionary(pa.int8(), pa.string()),
     "seq_len": pa.int32(),
@@ -27,11 +30,15 @@ _TOKEN_COLUMNS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One model's result as read from disk. ``content`` has the file's shape, see the README."""
+    """One model's result as read from disk. ``content`` has the file's shape, see the README.
+
+    parts: the results it was put together from, where runs of one model at several sequence lengths were merged.
+    """
 
     path: Path
     label: str
     content: dict
+    parts: tuple["Result", ...] = ()
 
     @property
     def meta(self) -> dict:
@@ -65,11 +72,12 @@ class Result:
 
     def tokens(self, pack: str, seq_len: int) -> Tokens | None:
         """Per-token values, or None where only the JSON is at hand. Raises ResultError if they are of another run."""
+        for part in self.parts:
+            if (pack, seq_len) in part.entries:
+                return part.tokens(pack, seq_len)
         if self._token_table is None:
             return None
-        table = self._token_table
-        rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
-        return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
+        return _tokens_of(self._token_table, pack, seq_len)
 
 
 def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int], Tokens]) -> Path:
@@ -114,30 +122,63 @@ def read(path: str | Path) -> Result:
 
 
 def read_all(sources: list[str]) -> list[Result]:
-    """Results of files and folders, in order; a folder gives every ``*.json`` in it that holds ``packs``, sorted."""
+    """Results of files and folders, in order; a folder gives every ``*.json`` in it that holds ``packs``, sorted.
+
+    Results of one label become one where the same model was scored on other packs or sequence lengths.
+    """
     found: list[Result] = []
     for source in map(Path, sources):
         if source.is_dir():
-            files = [f for f in sorted(source.glob("*.json")) if _holds_packs(f)]
+            files = [f for f in sorted(source.glob("*.json")) if holds_packs(f)]
             if not files:
                 raise ResultError(f"{source} holds no result JSON; run 03_evaluate with this out_dir first")
         else:
             files = [source]
         found += map(read, files)
-    labels = [r.label for r in found]
-    if len(set(labels)) < len(labels):
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        raise ResultError(
-            f"results: label {twice[0]!r} occurs in {[str(r.path) for r in found if r.label == twice[0]]}"
-        )
-    return found
+    by_label: dict[str, list[Result]] = {}
+    for result in found:
+        by_label.setdefault(result.label, []).append(result)
+    return [_merged(parts) for parts in by_label.values()]
+
+
+def read_tokens(path: Path) -> dict[tuple[str, int], Tokens]:
+    """(pack, seq_len) -> per-token values, as the file has them."""
+    table = pq.read_table(path)
+    keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
+    return {(key["pack"], key["seq_len"]): _tokens_of(table, **key) for key in keys}
 
 
 def tokens_path(result: Path) -> Path:
     return result.with_name(f"{result.stem}.tokens.parquet")
 
 
-def _holds_packs(path: Path) -> bool:
+def _tokens_of(table: pa.Table, pack: str, seq_len: int) -> Tokens:
+    rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
+    return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
+
+
+def _merged(parts: list[Result]) -> Result:
+    """One result of several with the same label. Raises ResultError unless they are parts of one evaluation."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    keys = [key for part in parts for key in part.entries]
+    apart = len(set(keys)) == len(keys)
+    same = all(part.meta.get(name) == first.meta.get(name) for part in parts for name in _SAME_EVALUATION)
+    if not apart or not same or any(part.binned for part in parts):
+        raise ResultError(
+            f"results: label {first.label!r} occurs in {[str(part.path) for part in parts]}, and these are not one model's "
+            "results on different packs or sequence lengths"
+        )
+    packs: dict[str, dict] = {}
+    for part in parts:
+        for (pack, length), entry in part.entries.items():
+            packs.setdefault(pack, {})[str(length)] = entry
+    content = first.content | {"packs": [{"pack": pack, "seq": seq} for pack, seq in packs.items()]}
+    return Result(first.path, first.label, content, tuple(parts))
+
+
+def holds_packs(path: Path) -> bool:
     content = parse_json(path, ResultError, "remove it or run 03_evaluate again")
     return isinstance(content, dict) and "packs" in content
 

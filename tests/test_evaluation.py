@@ -173,6 +173,126 @@ def test_a_pass_that_fails_leaves_the_finished_passes_whole(checkpoint, source, 
     assert len(kept.entries) == 2 and all(kept.tokens(*key) is not None for key in kept.entries)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The (pack, seq_len) of every pass that is made; one in ``passes.fatal`` fails."""
+    score, made = forward.score, type("Passes", (list,), {"fatal": None})()
+
+    def counted(checkpoint, blocks, *args, **kwargs):
+        made.append((blocks.pack, blocks.seq_len))
+        if made[-1] == made.fatal:
+            raise RuntimeError("out of memory")
+        return score(checkpoint, blocks, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "score", counted)
+    return made
+
+
+def numbers(path):
+    """Everything in a result but speed and what depends on the file itself."""
+    content = json.loads(path.read_text())
+    del content["meta"]["tokens_sha256"]
+    for pack in content["packs"]:
+        for entry in pack["seq"].values():
+            del entry["model"]["tok_s_pred"]
+    return content
+
+
+def test_a_run_goes_on_where_it_was_stopped(checkpoint, source, cpu, keep, folder, tmp_path, passes):
+    models = {"base": None, "half": keep}
+    passes.fatal = ("pack_a", 24)
+    with pytest.raises(RuntimeError):
+        evaluate(checkpoint, source, cpu, models, out_dir=tmp_path, **SETTINGS)
+    assert passes == [("UNION", 24), ("UNION", 40), ("pack_a", 24)]
+    passes.clear(), setattr(passes, "fatal", None)
+    evaluate(checkpoint, source, cpu, models, out_dir=tmp_path, **SETTINGS)
+    assert passes == [("pack_a", 24), ("pack_a", 40)]
+    for label in models:
+        assert numbers(tmp_path / f"{label}.json") == numbers(folder / f"{label}.json")
+        assert results.read(tmp_path / f"{label}.json").tokens("UNION", 24) is not None
+
+
+def test_a_rerun_that_crashes_early_loses_nothing(checkpoint, source, cpu, tmp_path, passes):
+    evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
+    before = numbers(tmp_path / "x.json")
+    passes.fatal = ("pack_b", 24)
+    with pytest.raises(RuntimeError):
+        evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **(SETTINGS | {"only": ["pack_b", "UNION"]}))
+    assert numbers(tmp_path / "x.json") == before
+
+
+def test_a_stop_between_the_two_files_loses_only_the_last_pass(checkpoint, source, cpu, tmp_path, passes):
+    """New tokens, old JSON: what a kill leaves at the worst moment."""
+    one = SETTINGS | {"only": ["UNION"]}
+    evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **one)
+    old = (tmp_path / "x.json").read_bytes()
+    evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
+    (tmp_path / "x.json").write_bytes(old)
+    passes.clear()
+    evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
+    assert passes == [("pack_a", 24), ("pack_a", 40)]
+    assert len(results.read(tmp_path / "x.json").entries) == 4
+
+
+@pytest.mark.parametrize("damage", ["json", "tokens", "rows"])
+def test_numbers_that_do_not_follow_from_the_tokens_are_scored_again(checkpoint, source, cpu, tmp_path, passes, damage):
+    one = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
+    (path,) = evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **one)
+    good = numbers(path)
+    content = json.loads(path.read_text())
+    entry = content["packs"][0]["seq"]["24"]
+    if damage == "json":
+        entry["model"]["ppl"] += 1e-6
+    elif damage == "rows":
+        entry["rows_sha256"] = "of other rows"
+    else:
+        results.tokens_path(path).unlink()
+    path.write_text(json.dumps(content))
+    passes.clear()
+    evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **one)
+    assert passes == [("UNION", 24)] and numbers(path) == good
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_blocks": 4},
+        {"cc_quantile": 0.2},
+        {"rows": "calib"},
+        {"entropy_topk": 10},
+        {"code": "other"},
+        {"with": "half"},
+    ],
+)
+def test_another_setting_starts_anew_and_keeps_the_old_files_aside(
+    checkpoint, source, cpu, keep, tmp_path, passes, change, monkeypatch
+):
+    settings = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
+    (path,) = evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **settings)
+    old = path.read_bytes(), results.tokens_path(path).read_bytes()
+    models = {"x": None}
+    if "code" in change:
+        monkeypatch.setattr(evaluation.project, "code_sha256", lambda: "other")
+    elif "with" in change:
+        models["half"] = keep  # base then stands in one pass with a candidate
+    else:
+        settings |= change
+    passes.clear()
+    evaluate(checkpoint, source, cpu, models, out_dir=tmp_path, **settings)
+    assert passes == [("UNION", 24)]
+    assert old == tuple((tmp_path / name).read_bytes() for name in ("x.json.old", "x.tokens.parquet.old"))
+    assert [r.label for r in results.read_all([str(tmp_path)])] == sorted(models)
+
+
+def test_another_length_joins_the_result(checkpoint, source, cpu, tmp_path, passes):
+    for length in (24, 40):
+        settings = SETTINGS | {"only": ["UNION"], "seq_lens": [length]}
+        (path,) = evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **settings)
+    assert passes == [("UNION", 24), ("UNION", 40)]
+    assert set(results.read(path).entries) == {("UNION", 24), ("UNION", 40)}
+    assert results.read(path).meta["seq_lens"] == [24, 40]
+
+
 def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
     old = {"schema": results.SCHEMA, "meta": {"label": "x", "model_sha256": "other", "keep_set": None}, "packs": []}
     (tmp_path / "x.json").write_text(json.dumps(old))

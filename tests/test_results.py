@@ -239,6 +239,26 @@ def test_a_folder_gives_its_results_and_nothing_else(path, tokens):
     assert [r.label for r in results.read_all([str(path), str(path.parent / "alpha.json")])] == ["base", "alpha"]
 
 
+def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens):
+    parts = {64: {k: v for k, v in tokens.items() if k[1] == 64}, 128: {k: v for k, v in tokens.items() if k[1] == 128}}
+    paths = [str(write(tmp_path / str(length), "base", part)) for length, part in parts.items()]
+    whole = results.read(write(tmp_path, "base", tokens))
+    (merged,) = results.read_all(paths)
+    assert merged.label == "base" and merged.entries == whole.entries
+    for key, expected in tokens.items():
+        np.testing.assert_array_equal(merged.tokens(*key).nll, expected.nll)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_blocks", 4), ("tokenizer_sha256", "t1"), ("model_sha256", "m1"), ("rows", "all")]
+)
+def test_results_of_different_models_or_settings_do_not_become_one(tmp_path, tokens, name, value):
+    paths = [str(write(tmp_path / "a", "base", {("a", 64): tokens["a", 64]}))]
+    paths.append(str(write(tmp_path / "b", "base", {("UNION", 64): tokens["UNION", 64]}, meta={name: value})))
+    with pytest.raises(ResultError, match="not one model's results"):
+        results.read_all(paths)
+
+
 def test_labels_must_differ(path, tokens):
     write(path.parent / "again", "base", tokens)
     with pytest.raises(ResultError, match=r"label 'base' occurs in .*again"):
