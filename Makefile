@@ -3,8 +3,9 @@ PY := .venv/bin/python
 READY := .venv/.ready
 DEMO := outputs/demo
 PARAMS ?=
+RUNS ?=
 
-.PHONY: setup demo test check notebooks rank prune evaluate report bench clean
+.PHONY: setup demo test check notebooks rank prune evaluate report bench kaggle-push kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -51,6 +52,14 @@ notebook_rank := 01_rank
 notebook_prune := 02_prune
 notebook_evaluate := 03_evaluate
 notebook_report := 04_report
+
+# PARAMS may be a quoted pattern. AT_LIMIT=stop ends where a limit of the account is reached; RESUME=1 pushes failed runs again.
+kaggle-push: $(READY)
+	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS='params/MODEL/eval-*.yaml' [AT_LIMIT=stop] [RESUME=1]"; exit 2; }
+	$(PY) -m eaftlib kaggle push $(PARAMS) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT)) $(if $(RESUME),--resume)
+
+kaggle-status kaggle-pull: $(READY)
+	$(PY) -m eaftlib kaggle $(@:kaggle-%=%) $(RUNS)
 
 bench: $(READY)
 	$(PY) bench/run.py

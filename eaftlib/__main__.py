@@ -17,12 +17,84 @@ def main(arguments: list[str] | None = None) -> int:
     notebooks = commands.add_parser("notebooks", help="generate every .ipynb from its percent script")
     notebooks.add_argument("--check", action="store_true", help="write nothing; fail if one differs from its source")
     notebooks.set_defaults(run=_notebooks)
+    _add_results(commands)
+    _add_kaggle(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except (EaftError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _add_results(commands) -> None:
+    actions = commands.add_parser("results", help="results outside their run").add_subparsers(required=True)
+    extract = actions.add_parser("from-notebook", help="write the result JSONs that an executed notebook carries")
+    extract.add_argument("notebook", type=Path, help="any executed copy, with its outputs, of a built notebook")
+    extract.add_argument("--out-dir", type=Path, help="where to write them; the notebook's folder if not given")
+    extract.set_defaults(run=_from_notebook)
+
+
+def _add_kaggle(commands) -> None:
+    actions = commands.add_parser("kaggle", help="runs on Kaggle's GPUs").add_subparsers(required=True)
+    build = actions.add_parser("build", help="only build the notebook of a run, to read it or to open it in Colab")
+    build.add_argument("params", type=Path, help="one file of params/")
+    build.add_argument("folder", type=Path, help="new folder for the notebook and its metadata")
+    build.set_defaults(run=_kaggle_build)
+    push = actions.add_parser("push", help="queue runs and submit them; repeat it after any interruption")
+    push.add_argument("params", type=Path, nargs="+", help="files of params/, one run each")
+    push.add_argument("--at-limit", choices=("wait", "stop"), default="wait", help="no session or no quota left")
+    push.add_argument("--resume", action="store_true", help="push failed runs again, with the results they have")
+    push.set_defaults(run=_kaggle_push)
+    for name, what in (("status", "ask how runs are getting on"), ("pull", "bring results back and check them")):
+        action = actions.add_parser(name, help=what)
+        action.add_argument("runs", nargs="*", help="names in kaggle_runs/; all if none is given")
+        action.set_defaults(run=_kaggle_status if name == "status" else _kaggle_pull)
+
+
+def _from_notebook(options) -> int:
+    from .kaggle import outcome
+
+    found, written = outcome.from_notebook(options.notebook, options.out_dir or options.notebook.parent)
+    print(f"{found.run}, attempt {found.attempt}: {found.status}", *written, sep="\n  ")
+    return int(found.status != "complete")
+
+
+def _kaggle_build(options) -> int:
+    from .kaggle import build
+
+    settings = build.read_settings()
+    plan = build.plan(options.params, settings)
+    build.build(plan, settings, options.folder, "INSERT_OWNER")
+    print(f"{options.folder}/{build.NOTEBOOK_FILE}  {plan.run}")
+    print("To push it by hand, replace INSERT_OWNER in the metadata by your Kaggle user name.")
+    return 0
+
+
+def _kaggle_push(options) -> int:
+    from .kaggle import driver
+    from .kaggle.service import Service
+
+    driver.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
+    return 0
+
+
+def _kaggle_status(options) -> int:
+    from .kaggle import driver
+    from .kaggle.service import Service
+
+    service = Service()
+    for entry in driver.follow(service, options.runs):
+        print(driver.describe(entry))
+    print(service.quota())
+    return 0
+
+
+def _kaggle_pull(options) -> int:
+    from .kaggle import driver
+    from .kaggle.service import Service
+
+    return int(any(entry.state == "failed" for entry in driver.pull(Service(), options.runs)))
 
 
 def _summary(options) -> int:

@@ -23,3 +23,7 @@ class ScoringError(EaftError):
 
 class ResultError(EaftError):
     """A result file is missing, damaged, or cannot be compared with another."""
+
+
+class KaggleError(EaftError):
+    """Kaggle refused a call, cannot be reached, or gave back something that is not the result of the run."""

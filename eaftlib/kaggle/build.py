@@ -1,0 +1,355 @@
+"""From a file of parameters to a push folder: one notebook that carries its parameters, its code and its set-up."""
+
+import ast
+import base64
+import hashlib
+import json
+import os
+import pprint
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import nbformat
+import yaml
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from pydantic import Field, field_validator
+
+from .. import notebooks, params, project
+from ..errors import KaggleError, ParameterError
+from ..files import write_json
+
+ROOT = Path(__file__).parents[2]  # the repository that this library is run from
+SETTINGS_FILE = Path("params/kaggle.yaml")
+KINDS = {"01_rank": params.Rank, "03_evaluate": params.Evaluate}
+NO_GPU = {"02_prune": params.Prune, "04_report": params.Report}
+NOTEBOOK_FILE, METADATA_FILE = "notebook.ipynb", "kernel-metadata.json"
+WHEEL_LIMIT = 600_000  # bytes; a larger wheel goes into a data set
+NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 1,000,000
+TITLE_LIMIT = 50  # characters of a kernel's title
+FINISHING_SECONDS = 600  # between the notebook's own deadline and the end of the session
+_TOOLS = {"papermill", "jupytext", "ipykernel", "plotly"}  # of the extra `notebooks`; not needed inside a session
+_COLUMNS = 112  # of the embedded wheel's lines
+ABOUT = """# {run}
+
+| | |
+|---|---|
+| question | `{notebook}` with `{params_file}` |
+| code | eaftlib at commit {commit}, carried in this notebook |
+| attempt | {attempt} |
+
+This notebook was built, and runs on Kaggle and in Colab as it is. To change it, change `notebooks/{notebook}.py` or the
+parameters, and build again.
+
+Whatever happens, it leaves `eaft_run.json` beside its results, and its last output holds the results themselves. Two ways
+to have them:
+
+```bash
+kaggle kernels output OWNER/{run} -p FOLDER
+python -m eaftlib results from-notebook EXECUTED.ipynb   # any copy with outputs
+```
+"""
+
+
+class Settings(params.Parameters):
+    """params/kaggle.yaml"""
+
+    accelerator: str
+    internet: bool
+    session_hours: Annotated[float, Field(gt=0.5, le=12)]
+    gpu_sessions: Annotated[int, Field(gt=0)]
+    inputs: dict[str, str]
+    wheels: str | None
+
+    @field_validator("inputs")
+    @classmethod
+    def _sources(cls, inputs: dict[str, str]) -> dict[str, str]:
+        for name, source in inputs.items():
+            if source.count("/") not in (1, 4):
+                raise ValueError(
+                    f"{name}: expected owner/data-set or owner/model/framework/variation/version, found {source!r}"
+                )
+        return inputs
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A local file that a run needs: its path in the parameters, where it lies, and its name in the data set."""
+
+    name: str
+    path: Path
+    sha256: str
+    resume: bool = False
+
+    @property
+    def stored_as(self) -> str:
+        return self.name.replace("/", "__")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is. ``run`` names its folder and its kernel, and changes with code, parameters and carried files."""
+
+    run: str
+    notebook: str
+    params_file: str
+    parameters: dict[str, Any]
+    params_sha256: str
+    code_sha256: str
+    commit: str
+    carried: list[Carried]
+
+
+def read_settings(path: Path = SETTINGS_FILE) -> Settings:
+    return Settings.check(_read_yaml(path))
+
+
+def plan(params_file: Path, settings: Settings) -> Plan:
+    """Raises ParameterError when the file fits no notebook that can run on Kaggle, or names a path it cannot carry."""
+    values = _read_yaml(params_file)
+    notebook = _notebook_for(params_file, values)
+    if _path(notebook).with_suffix(".py") in notebooks.stale():
+        raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
+    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump()
+    _require_inside("out_dir", parameters["out_dir"])
+    carried = _carried(parameters, settings)
+    code = project.code_sha256()
+    digest = _sha256_of(parameters)
+    key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
+    stem = re.sub(r"[^a-z0-9]+", "-", str(params_file.with_suffix("")).removeprefix("params/").lower()).strip("-")
+    run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
+    return Plan(run, notebook, str(params_file), parameters, digest, code, project.commit(ROOT), carried)
+
+
+def build(
+    what: Plan, settings: Settings, folder: Path, owner: str, *, attempt: int = 1, resume: Sequence[Carried] = ()
+) -> None:
+    """Write the push folder of a plan: the notebook, kernel-metadata.json, and ``files/`` if it needs a data set.
+
+    resume: partial results of an earlier attempt. Raises KaggleError when the notebook is too large to push.
+    """
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = make_wheel(Path(temporary))
+        carried = [*what.carried, *resume]
+        embedded = wheel.stat().st_size <= WHEEL_LIMIT
+        if not embedded:
+            carried.append(Carried(wheel.name, wheel, sha256(wheel)))
+        stored = _store(folder / "files", carried, owner)
+        text = base64.b85encode(wheel.read_bytes()).decode() if embedded else ""
+        facts = {"name": wheel.name, "sha256": sha256(wheel)}
+    mapped = {name: settings.inputs[name] for name in _named_paths(what.parameters) if name in settings.inputs}
+    run = {
+        "run": what.run,
+        "attempt": attempt,
+        "params_sha256": what.params_sha256,
+        "code_sha256": what.code_sha256,
+        "commit": what.commit,
+        "out_dir": what.parameters["out_dir"],
+        "internet": settings.internet,
+        "deadline_seconds": session_seconds(settings) - FINISHING_SECONDS,
+        "wheel": facts,
+        "requires": _requirements(),
+        "wheel_mounts": _mounts(settings.wheels) if settings.wheels else [],
+        "mounts": {name: _mounts(source) for name, source in mapped.items()},
+        "file_mounts": _mounts(stored) if stored else [],
+        "files": {c.name: {"stored_as": c.stored_as, "sha256": c.sha256, "resume": c.resume} for c in carried},
+    }
+    notebook = nbformat.writes(_notebook(what, run, text))
+    # The client sends the notebook as one line of JSON.
+    size = len(json.dumps(json.loads(notebook)))
+    if size > NOTEBOOK_LIMIT:
+        raise KaggleError(
+            f"{what.run}: the notebook has {size:,} bytes; Kaggle takes {NOTEBOOK_LIMIT:,}. Shorten its parameters."
+        )
+    (folder / NOTEBOOK_FILE).write_text(notebook)
+    sources = [s for s in (*mapped.values(), settings.wheels, stored) if s]
+    write_json(folder / METADATA_FILE, _metadata(what.run, owner, sources, settings))
+
+
+def session_seconds(settings: Settings) -> int:
+    return int(settings.session_hours * 3600)
+
+
+def make_wheel(folder: Path) -> Path:
+    """The library's wheel, the same bytes for the same sources. Built from a copy, which no stale build folder can join."""
+    copy = folder / "source"
+    shutil.copytree(ROOT / "eaftlib", copy / "eaftlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--disable-pip-version-check", "--wheel-dir", folder, copy],
+        env=os.environ | {"SOURCE_DATE_EPOCH": "315532800"},  # the earliest time that a zip archive can hold
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise KaggleError(f"the library's wheel cannot be built: {done.stderr.strip()[-500:]}. Run make setup.")
+    return next(folder.glob("*.whl"))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sha256_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ParameterError(
+            f"{path} does not exist; start in the repository's root, and give a file of params/"
+        ) from None
+    except yaml.YAMLError as cause:
+        raise ParameterError(f"{path} is not YAML: {cause}") from cause
+    if not isinstance(values, dict):
+        raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
+    return values
+
+
+def _path(notebook: str) -> Path:
+    return notebooks.FOLDER / f"{notebook}.ipynb"
+
+
+def _notebook_for(params_file: Path, values: dict[str, Any]) -> str:
+    """The notebook that knows every name in the file."""
+    fits = [name for name, kind in (KINDS | NO_GPU).items() if set(values) <= set(kind.model_fields)]
+    here = [name for name in fits if name in KINDS]
+    if len(here) == 1:
+        return here[0]
+    if fits and not here:
+        raise ParameterError(f"{params_file} is for {fits[0]}, which needs no GPU: run it where its files are")
+    raise ParameterError(
+        f"{params_file}: its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(KINDS)}"
+    )
+
+
+def _defaults(notebook: str) -> dict[str, Any]:
+    """Names and values of the cell marked as parameters."""
+    cells = nbformat.read(_path(notebook), 4).cells
+    source = next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+def _named_paths(parameters: dict[str, Any]) -> list[str]:
+    """Every model, pack source and ranking that the parameters name."""
+    keep = parameters.get("keep_set") or []
+    rankings = [k["ranking"] for k in (keep if isinstance(keep, list) else [keep])]
+    return list(dict.fromkeys([parameters["model"], parameters["packs"], *filter(None, rankings)]))
+
+
+def _carried(parameters: dict[str, Any], settings: Settings) -> list[Carried]:
+    """Local files that the parameters name, but for those that settings.inputs finds on Kaggle."""
+    carried = []
+    for name in _named_paths(parameters):
+        path = Path(name)
+        is_ranking = name not in (parameters["model"], parameters["packs"])
+        if name in settings.inputs or not (path.exists() or is_ranking):
+            continue  # mounted, or fetched from the hub
+        _require_inside(name, name)
+        if is_ranking and not path.exists():
+            raise ParameterError(f"ranking: {name} does not exist; run 01_rank first")
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        if is_ranking and path.is_file() and path.with_name("saliency.parquet").is_file():
+            files.append(path.with_name("saliency.parquet"))  # for core_top_m and keep_super
+        carried += [Carried(f.as_posix(), f, sha256(f)) for f in files if not f.name.startswith(".")]
+    return carried
+
+
+def _require_inside(name: str, path: str) -> None:
+    if Path(path).is_absolute() or ".." in Path(path).parts or Path(path) == Path("."):
+        raise ParameterError(f"{name}: found {path!r}; a run on Kaggle needs a path below the repository's root")
+
+
+def _store(folder: Path, carried: list[Carried], owner: str) -> str | None:
+    """Put carried files into one flat folder, to become a data set named after its content; returns owner/name."""
+    if not carried:
+        return None
+    folder.mkdir()
+    for c in carried:
+        shutil.copy(c.path, folder / c.stored_as)
+    slug = f"eaft-files-{_sha256_of([[c.stored_as, c.sha256] for c in carried])[:16]}"
+    metadata = {"id": f"{owner}/{slug}", "title": slug, "licenses": [{"name": "other"}]}
+    write_json(folder / "dataset-metadata.json", metadata)
+    return f"{owner}/{slug}"
+
+
+def _mounts(source: str) -> list[str]:
+    """Where a data set or model lies under /kaggle/input: in the present layout, and in the earlier one."""
+    without_owner = source.split("/", 1)[1]
+    return [f"{'models' if '/' in without_owner else 'datasets'}/{source}", without_owner]
+
+
+def _requirements() -> list[str]:
+    """What a session needs, from pyproject.toml."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [r for r in declared["optional-dependencies"]["notebooks"] if re.split(r"[<>=]", r)[0] not in _TOOLS]
+    return declared["dependencies"] + extra
+
+
+def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> dict[str, Any]:
+    return {
+        "id": f"{owner}/{run}",
+        "title": run,
+        "code_file": NOTEBOOK_FILE,
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_internet": settings.internet,
+        "machine_shape": settings.accelerator,
+        "dataset_sources": [s for s in sources if s.count("/") == 1],
+        "model_sources": [s for s in sources if s.count("/") == 4],
+        "kernel_sources": [],
+        "competition_sources": [],
+    }
+
+
+def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookNode:
+    """Set-up cells, the notebook with its parameters, and a last cell that hands the result over."""
+    inner = parameterize_notebook(load_notebook_node(str(_path(what.notebook))), what.parameters)
+    for number, cell in enumerate(inner.cells):  # the same bytes for the same run
+        cell["id"] = f"cell-{number:02}"
+        cell.metadata.pop("papermill", None)
+    lines = [wheel[i : i + _COLUMNS] for i in range(0, len(wheel), _COLUMNS)]
+    start = f"RUN = {pprint.pformat(run, sort_dicts=False, width=110)}\nsession = Session(RUN)\nsession.start(WHEEL)"
+    cells = [
+        _markdown("about", ABOUT.format(**run, params_file=what.params_file, notebook=what.notebook)),
+        _code("set-up", Path(__file__).with_name("setup_cell.py").read_text().rstrip(), hidden=True),
+        _code(
+            "wheel",
+            "# eaftlib itself, base85\nWHEEL = (\n" + "".join(f'    "{x}"\n' for x in lines or [""]) + ")",
+            hidden=True,
+        ),
+        _code("start", start),
+        *inner.cells,
+        _markdown(
+            "result",
+            "## The result\n\nThe next cell's output holds every result JSON: any copy of it with outputs will do.",
+        ),
+        _code("finish", 'session.finish("complete")'),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+def _markdown(name: str, source: str) -> nbformat.NotebookNode:
+    return nbformat.v4.new_markdown_cell(source, id=name)
+
+
+def _code(name: str, source: str, hidden: bool = False) -> nbformat.NotebookNode:
+    # Jupyter, Kaggle and Colab each have a name of their own for a cell whose source is folded away.
+    metadata = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True, "cellView": "form"} if hidden else {}
+    return nbformat.v4.new_code_cell(source, id=name, metadata=metadata)

@@ -1,0 +1,300 @@
+"""Push runs, follow them, bring their results back. Whatever is interrupted goes on when the command is repeated."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from ..errors import KaggleError, ResultError
+from . import ledger, outcome
+from .ledger import ACTIVE, Entry
+from .service import LimitReached, Refused, Service, Unreachable
+
+POLL_SECONDS = 60
+# What the service says may lag behind: a kernel just pushed may be unknown, or show its previous version's end.
+GRACE = timedelta(minutes=15)
+_ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+Say = Callable[[str], None]
+
+
+def push(
+    params_files: Sequence[Path],
+    service: Service,
+    *,
+    at_limit: Literal["wait", "stop"] = "wait",
+    resume: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+    say: Say = print,
+) -> list[Entry]:
+    """Queue a run for each file, and submit all, no more at a time than the account may have.
+
+    A run that was submitted before is left alone; with ``resume`` one that failed is pushed again with the results it
+    has. at_limit ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
+    """
+    from . import build
+
+    settings = build.read_settings()
+    runs = []
+    for file in params_files:  # all of them, before anything is pushed
+        plan = build.plan(Path(file), settings)
+        with ledger.locked():
+            entry = _enqueue(plan, settings, service.owner, resume)
+        runs.append(entry.run)
+        say(f"{entry.run}  {entry.state}  {entry.steps[-1].note or entry.params_file}")
+        if entry.state == "failed":
+            say("    to push it again with what it has: --resume (make kaggle-push ... RESUME=1)")
+    shown = ""
+    while True:
+        limit = None
+        with ledger.locked():
+            try:
+                _submit_queued(service, runs, settings.gpu_sessions, say)
+            except (LimitReached, Unreachable) as reason:
+                limit = reason
+        waiting = [e for e in map(ledger.find, runs) if e.state in ("queued", "pushing")]
+        if not waiting:
+            return [ledger.find(run) for run in runs]
+        limit = limit or LimitReached(f"all {settings.gpu_sessions} GPU sessions are in use")
+        if at_limit == "stop":
+            raise type(limit)(f"{limit}; {len(waiting)} run(s) stay queued: repeat the command later")
+        line = f"{_counts()}; waiting: {limit}"
+        if line != shown:
+            say(f"{datetime.now():%H:%M:%S}  {line}")
+        shown = line
+        time.sleep(poll_seconds)
+
+
+def follow(service: Service, runs: Sequence[str] = ()) -> list[Entry]:
+    """Ask the service about every run that has not ended (of ``runs``, or of all); returns their entries."""
+    with ledger.locked():
+        return [_refresh(service, entry) for entry in _chosen(runs)]
+
+
+def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[Entry]:
+    """Bring back the output of every run that has ended, check it, and say what came.
+
+    A run whose results are complete and its own becomes ``verified``, and they are in ``result/``. Any other becomes
+    ``failed``; what came lies in ``failed-<attempt>/`` with the log.
+    """
+    pulled = []
+    for chosen in _chosen(runs):
+        with ledger.locked():
+            entry = _refresh(service, ledger.find(chosen.run))
+            if entry.state == "ended":
+                entry = _fetch(service, entry)
+        pulled.append(entry)
+        say(describe(entry))
+        if entry.state == "failed" and (trace := _last_traceback(entry)):
+            say("    " + trace.replace("\n", "\n    "))
+    return pulled
+
+
+def describe(entry: Entry) -> str:
+    """One line: the run, its state and since when, and what to know about it."""
+    minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
+    since = f"{minutes // 60}:{minutes % 60:02}"
+    where = {"verified": str(result_folder(entry)), "failed": entry.steps[-1].note}
+    return f"{entry.run}  {entry.state} {since}  {where.get(entry.state) or entry.url or entry.steps[-1].note}"
+
+
+def result_folder(entry: Entry) -> Path:
+    return ledger.folder(entry.run) / "result"
+
+
+def failed_folder(entry: Entry, attempt: int) -> Path:
+    return ledger.folder(entry.run) / f"failed-{attempt}"
+
+
+def push_folder(entry: Entry) -> Path:
+    return ledger.folder(entry.run) / f"push-{entry.attempt}"
+
+
+def _enqueue(plan, settings, owner: str, resume: bool) -> Entry:
+    """The run's entry: the one it has, or a new one with its push folder built."""
+    from . import build
+
+    entry = ledger.find(plan.run)
+    if entry and not (resume and entry.state == "failed"):
+        return entry
+    attempt = entry.attempt + 1 if entry else 1
+    partial = _latest_partial(entry) if entry else []
+    folder = ledger.folder(plan.run)
+    target, temporary = folder / f"push-{attempt}", folder / f".push-{attempt}"
+    for leftover in (target, temporary):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    carried = [build.Carried(f.name, f, build.sha256(f), resume=True) for f in partial]
+    build.build(plan, settings, temporary, owner, attempt=attempt, resume=carried)
+    temporary.rename(target)
+    if entry:
+        done = f"resumes with {', '.join(f.name for f in partial)}" if partial else "starts again: nothing was finished"
+        return entry.enter("queued", done, attempt=attempt, version=None, url=None)
+    entry = Entry(
+        run=plan.run,
+        notebook=plan.notebook,
+        params_file=plan.params_file,
+        params=plan.parameters,
+        params_sha256=plan.params_sha256,
+        code_sha256=plan.code_sha256,
+        commit=plan.commit,
+        ref=f"{owner}/{plan.run}",
+        session_seconds=build.session_seconds(settings),
+        steps=[],
+    )
+    return entry.enter("queued")
+
+
+def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+    for entry in ledger.entries():
+        if entry.state == "pushing":  # a process ended between the intent and the answer
+            _submit(service, entry, say)
+        elif entry.state in ACTIVE:
+            _refresh(service, entry)
+    for run in runs:
+        entry = ledger.find(run)
+        in_use = sum(e.state in ACTIVE for e in ledger.entries())
+        if entry.state == "queued" and in_use < sessions:
+            _submit(service, entry, say)
+
+
+def _submit(service: Service, entry: Entry, say: Say) -> None:
+    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made (again)."""
+    if entry.state == "queued":
+        entry = entry.enter("pushing")
+    there = service.source(entry.run)
+    if there and f"'attempt': {entry.attempt}," in there[0]:
+        entry = entry.enter(
+            "submitted", "was already there", version=there[1], url=f"https://www.kaggle.com/code/{entry.ref}"
+        )
+    else:
+        try:
+            _ensure_dataset(service, push_folder(entry) / "files")
+            pushed = service.push(push_folder(entry), entry.session_seconds)
+        except LimitReached as limit:
+            entry.enter("queued", str(limit))
+            raise
+        except Refused as refusal:
+            # With HTTP 200 the kernel may have been saved, without what it needs; otherwise nothing has happened.
+            entry.enter("failed" if refusal.status == 200 else "queued", str(refusal))
+            raise KaggleError(f"{entry.run}: {refusal}") from None
+        entry = entry.enter("submitted", version=pushed.version, url=pushed.url)
+    say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+
+
+def _ensure_dataset(service: Service, folder: Path) -> None:
+    """The data set is named after its content, so one that is there is the right one."""
+    if not folder.is_dir():
+        return
+    slug = json.loads((folder / "dataset-metadata.json").read_text())["id"].split("/")[1]
+    if service.dataset_status(slug) is None:
+        service.create_dataset(folder)
+    status = service.dataset_status(slug)
+    if status in ("failed", "deleted"):
+        raise KaggleError(f"Kaggle says that the data set {slug} has {status}: remove it there, and push again")
+    if status != "ready":
+        raise Unreachable(f"the data set {slug} is not ready yet ({status})")
+    expected = {file.name for file in folder.iterdir()} - {"dataset-metadata.json"}
+    if missing := sorted(expected - service.dataset_files(slug)):
+        raise KaggleError(f"the data set {slug} came to Kaggle without {missing}: remove it there, and push again")
+
+
+def _refresh(service: Service, entry: Entry) -> Entry:
+    """The entry with the service's word taken in."""
+    if entry.state not in ("submitted", "running"):
+        return entry
+    answer = service.status(entry.run)
+    status, message = answer or ("UNKNOWN", "the service has no such kernel")
+    age = datetime.now(UTC) - entry.since
+    if status == "RUNNING" and age > timedelta(seconds=entry.session_seconds) + GRACE:
+        status, message = "ERROR", "the service still says RUNNING, long after the session's limit"
+    if status == "UNKNOWN" and age > GRACE:
+        return entry.enter("failed", message)
+    if status in _ENDED:
+        return entry.enter("ended", f"{status} {message}".strip())
+    if status == "RUNNING" and entry.state == "submitted":
+        return entry.enter("running")
+    return entry
+
+
+def _fetch(service: Service, entry: Entry) -> Entry:
+    """Download into a fresh folder, check, and only then give the folder its name."""
+    download = ledger.folder(entry.run) / ".download"
+    shutil.rmtree(download, ignore_errors=True)
+    download.mkdir()
+    log, refused = service.output(entry.run, download)
+    (download / "session.log").write_text(readable_log(log))
+    try:
+        found = outcome.read(download)
+        if found.run == entry.run and found.attempt < entry.attempt and _age_of_attempt(entry) < GRACE:
+            return entry.enter("submitted", f"the service still shows attempt {found.attempt}")
+        if found.attempt != entry.attempt:
+            raise ResultError(f"this is the output of attempt {found.attempt}, expected {entry.attempt}")
+        outcome.check(download, found, entry)
+        if refused:
+            raise ResultError("; ".join(refused))
+    except ResultError as error:
+        ended = entry.steps[-1].note
+        _replace(download, failed_folder(entry, entry.attempt))
+        return entry.enter("failed", " | ".join([ended, str(error), *refused][: 2 + len(refused)]))
+    _replace(download, result_folder(entry))
+    return entry.enter("verified", results=found.files)
+
+
+def _chosen(runs: Sequence[str]) -> list[Entry]:
+    """The named runs, or all of them."""
+    entries = ledger.entries()
+    known = {entry.run: entry for entry in entries}
+    if unknown := [run for run in runs if run not in known]:
+        raise KaggleError(f"no run {unknown[0]!r} in {ledger.ROOT}; it has {sorted(known) or 'none'}")
+    return [known[run] for run in runs] or entries
+
+
+def _age_of_attempt(entry: Entry) -> timedelta:
+    pushed = next(step.at for step in reversed(entry.steps) if step.state == "pushing")
+    return datetime.now(UTC) - datetime.fromisoformat(pushed)
+
+
+def _latest_partial(entry: Entry) -> list[Path]:
+    """Finished packs of the latest attempt that has any (each attempt begins with those of the one before)."""
+    folders = [failed_folder(entry, attempt) for attempt in range(entry.attempt, 0, -1)]
+    return next(filter(None, map(outcome.partial_results, folders)), [])
+
+
+def _replace(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)  # of a process that was killed before it could say so in the ledger
+    source.rename(target)
+
+
+def _counts() -> str:
+    states = [entry.state for entry in ledger.entries()]
+    return " · ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+
+
+def readable_log(log: str) -> str:
+    """The session's log as text: Kaggle sends a JSON list of {stream_name, time, data}."""
+    try:
+        lines = json.loads(log)
+    except json.JSONDecodeError:
+        return log
+    return _ANSI.sub("", "".join(line["data"] for line in lines)) if isinstance(lines, list) else log
+
+
+def _last_traceback(entry: Entry) -> str:
+    """From the outcome, or else from the log; at most its last 30 lines."""
+    folder = failed_folder(entry, entry.attempt)
+    text = ""
+    if (folder / outcome.OUTCOME).is_file():
+        try:
+            text = outcome.read(folder).error or ""
+        except ResultError:  # already the run's note
+            text = ""
+    if not text and (folder / "session.log").is_file():
+        log = (folder / "session.log").read_text()
+        start = log.rfind("Traceback (most recent call last)")
+        text = log[log.rfind("\n", 0, start) + 1 :] if start >= 0 else ""
+    return "\n".join(text.strip().splitlines()[-30:])

@@ -1,0 +1,102 @@
+"""The ledger: ``kaggle_runs/<run>/run.json`` says what was pushed, what became of it, and when."""
+
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, ValidationError
+
+from ..errors import KaggleError
+from ..files import read_json, write_json
+
+SCHEMA = "eaft-kaggle-run/1"
+LEDGER = "run.json"
+ROOT = Path("kaggle_runs")
+State = Literal["queued", "pushing", "submitted", "running", "ended", "verified", "failed"]
+ACTIVE = ("pushing", "submitted", "running")  # may hold a GPU session
+
+
+class Step(BaseModel):
+    """A state, the time that the run entered it (UTC, ISO 8601), and why."""
+
+    state: State
+    at: str
+    note: str = ""
+
+
+class Entry(BaseModel):
+    """One run. ``attempt`` counts pushes that were meant; ``version`` is the kernel's, once the service has said it."""
+
+    schema_: Annotated[Literal[SCHEMA], Field(alias="schema")] = SCHEMA
+    run: str
+    notebook: str
+    params_file: str
+    params: dict[str, Any]
+    params_sha256: str
+    code_sha256: str
+    commit: str
+    ref: str
+    session_seconds: int
+    attempt: int = 1
+    version: int | None = None
+    url: str | None = None
+    steps: list[Step]
+    results: dict[str, str] = {}
+
+    @property
+    def state(self) -> State:
+        return self.steps[-1].state
+
+    @property
+    def since(self) -> datetime:
+        return datetime.fromisoformat(self.steps[-1].at)
+
+    def enter(self, state: State, note: str = "", **changes: Any) -> "Entry":
+        """Record a new state, atomically, and return the new entry."""
+        step = Step(state=state, at=datetime.now(UTC).isoformat(timespec="seconds"), note=note)
+        entry = self.model_copy(update={"steps": [*self.steps, step], **changes})
+        save(entry)
+        return entry
+
+
+def folder(run: str) -> Path:
+    return ROOT / run
+
+
+def save(entry: Entry) -> None:
+    write_json(folder(entry.run) / LEDGER, entry.model_dump(by_alias=True))
+
+
+def find(run: str) -> Entry | None:
+    path = folder(run) / LEDGER
+    if not path.is_file():
+        return None
+    try:
+        return Entry.model_validate(read_json(path, KaggleError, "restore it, or remove the run's folder"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise KaggleError(
+            f"{path} is no ledger of a run: {where}: {first['msg']}. Restore it, or remove the folder."
+        ) from None
+
+
+def entries() -> list[Entry]:
+    """Every run, oldest first."""
+    found = [find(path.parent.name) for path in ROOT.glob(f"*/{LEDGER}")]
+    return sorted(found, key=lambda entry: (entry.steps[0].at, entry.run))
+
+
+@contextmanager
+def locked(seconds: float = 600):
+    """One process at a time; the lock goes with its process, however that ends."""
+    ROOT.mkdir(exist_ok=True)
+    try:
+        with FileLock(ROOT / ".lock", timeout=seconds):
+            yield
+    except Timeout:
+        raise KaggleError(
+            f"another process has held {ROOT}/.lock for {seconds:.0f} s; let it end, then repeat"
+        ) from None

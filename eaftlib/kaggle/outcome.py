@@ -1,0 +1,156 @@
+"""What a session leaves: its outcome and its results, read from files or from an executed notebook, and checked."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from .. import results
+from ..errors import ResultError
+from ..files import parse_json, write_json
+from .ledger import Entry
+from .setup_cell import OUTCOME, SCHEMA
+
+ENDED_EARLY = "the session ended before its notebook did: killed, out of memory, or out of time"
+
+
+class Outcome(BaseModel):
+    """eaft_run.json: how one session ended. ``files`` maps each result file to its SHA-256."""
+
+    schema_: Annotated[Literal[SCHEMA], Field(alias="schema")]
+    run: str
+    attempt: int
+    params_sha256: str
+    code_sha256: str
+    commit: str
+    status: Literal["running", "complete", "failed"]
+    error: str | None
+    machine: dict[str, Any]
+    files: dict[str, str]
+
+
+def read(folder: Path) -> Outcome:
+    """Raises ResultError when the file is missing, is another kind of file (a 404 page, say), or has another shape."""
+    path = folder / OUTCOME
+    return _outcome(parse_json(path, ResultError, "the session left no outcome"), path)
+
+
+def partial_results(folder: Path) -> list[Path]:
+    """Result files that hold whole packs, each with its tokens, of a session that did not complete."""
+    jsons = [f for f in sorted(folder.glob("*.json")) if f.name != OUTCOME and results.holds_packs(f)]
+    pairs = [(f, results.tokens_path(f)) for f in jsons]
+    return [f for pair in pairs if pair[1].is_file() for f in pair]
+
+
+def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
+    """Raise ResultError unless ``folder`` holds the complete and sound results of this run and no other."""
+    for name in ("run", "params_sha256", "code_sha256"):
+        found, expected = getattr(outcome, name), getattr(entry, name)
+        if found != expected:
+            raise ResultError(f"{OUTCOME}: {name} is {found}, expected {expected}: this is another run's output")
+    if outcome.status == "running":
+        raise ResultError(ENDED_EARLY)
+    if outcome.status == "failed":
+        raise ResultError(last_line(outcome.error or "failed without an error"))
+    for name, digest in outcome.files.items():
+        if not (folder / name).is_file():
+            raise ResultError(f"{name} did not come back, although the session wrote it")
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise ResultError(f"{name} is not the file that the session wrote: its SHA-256 differs")
+    wanted = expected_files(entry.notebook, entry.params)
+    if missing := sorted(set(wanted) - set(outcome.files)):
+        raise ResultError(f"the session wrote {sorted(outcome.files)}; {missing} are missing")
+    for name in wanted:
+        _check_result(folder / name, entry)
+
+
+def expected_files(notebook: str, params: dict) -> list[str]:
+    """Names of the result JSONs that a notebook writes with these parameters."""
+    if notebook == "01_rank":
+        return ["ranking.json"]
+    many = isinstance(params["keep_set"], list)
+    return [f"{label}.json" for label in ([k["label"] for k in params["keep_set"]] if many else [params["label"]])]
+
+
+def from_notebook(notebook: Path, out_dir: Path) -> tuple[Outcome, list[Path]]:
+    """Write the result JSONs that an executed notebook carries to ``out_dir``; returns the outcome and their paths.
+
+    The same bytes that the session wrote: each file's SHA-256 is checked. Raises ResultError when there is no marked
+    output, or it is damaged.
+    """
+    content = parse_json(notebook, ResultError, "give an executed notebook")
+    marked = list(_marked_outputs(content))
+    if not marked:
+        raise ResultError(
+            f"{notebook} has no output marked {SCHEMA!r}: it was not executed, lost its outputs, or is no run's notebook"
+        )
+    outcome = _outcome(marked[-1], notebook)
+    written = []
+    for name, text in marked[-1].get("results", {}).items():
+        if Path(name).name != name or not name.endswith(".json"):
+            raise ResultError(f"{notebook}: result name {name!r} is not a file name")
+        result = json.loads(text)
+        if hashlib.sha256((json.dumps(result, indent=1) + "\n").encode()).hexdigest() != outcome.files.get(name):
+            raise ResultError(f"{notebook}: {name} was changed after the session wrote it (its SHA-256 differs)")
+        write_json(out_dir / name, result)
+        written.append(out_dir / name)
+    return outcome, written
+
+
+def last_line(error: str) -> str:
+    return error.strip().splitlines()[-1]
+
+
+def _outcome(content: object, source: Path) -> Outcome:
+    try:
+        return Outcome.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ResultError(
+            f"{source} is no outcome of a session: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+
+
+def _check_result(path: Path, entry: Entry) -> None:
+    for where, number in _numbers(parse_json(path, ResultError, "pull again")):
+        if not math.isfinite(number):
+            raise ResultError(f"{path.name}: {where} is {number}")
+    if entry.notebook == "01_rank":
+        from ..keepsets import read_ranking
+
+        read_ranking(path)
+        return
+    result = results.read(path)
+    if result.meta.get("code_sha256") != entry.code_sha256:
+        raise ResultError(f"{path.name} was written by other code than this run's: {result.meta.get('code_sha256')}")
+    packs = entry.params["only"] or sorted({pack for pack, _ in result.entries}) or ["UNION"]
+    for pack in packs:
+        for seq_len in entry.params["seq_lens"]:
+            if (pack, seq_len) not in result.entries:
+                raise ResultError(f"{path.name} has no {pack} at {seq_len}")
+            result.tokens(pack, seq_len)
+
+
+def _numbers(content: object, where: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _numbers(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _numbers(value, where)
+    elif isinstance(content, float):
+        yield where, content
+
+
+def _marked_outputs(notebook: object) -> Iterator[dict]:
+    cells = notebook.get("cells", []) if isinstance(notebook, dict) else []
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            marked = output.get("data", {}).get("application/json")
+            if isinstance(marked, dict) and marked.get("schema") == SCHEMA:
+                yield marked

@@ -1,0 +1,319 @@
+"""Kaggle as one account sees it: the few calls that a run needs, each with a time-out, retries, and readable errors."""
+
+import contextlib
+import io
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import tenacity
+
+from ..errors import KaggleError
+
+CALL_SECONDS = 60
+UPLOAD_SECONDS = 3600
+ATTEMPTS = 8
+MAX_FILES = 500  # a run leaves a handful
+_LIMIT = re.compile(r"quota|session count|session limit|concurrent|maximum.*sessions", re.IGNORECASE)
+
+
+class LimitReached(KaggleError):
+    """The account's limit: sessions at a time, or the week's quota of hours. Time helps."""
+
+
+class Refused(KaggleError):
+    """The service understood the call and said no; ``status`` is its HTTP status."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(f"Kaggle answered {status}: {reason}")
+        self.status = status
+
+
+class Unreachable(KaggleError):
+    """No usable answer after the last try: whether the service did what was asked is not known."""
+
+
+class _Transient(Exception):
+    """Worth another try: the network, 429, or a fault of the server."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Pushed:
+    ref: str
+    url: str
+    version: int | None
+
+
+class Service:
+    """The authenticated client. Raises KaggleError where there are no credentials."""
+
+    def __init__(self, *, first_wait: float = 1.0, longest_wait: float = 60.0, call_seconds: float = CALL_SECONDS):
+        """first_wait, longest_wait: seconds between tries, doubled each time. call_seconds: limit of one try."""
+        self._wait = tenacity.wait_exponential_jitter(initial=first_wait, max=longest_wait, jitter=first_wait)
+        self._longest_wait, self._call_seconds = longest_wait, call_seconds
+        self._secrets: list[str] = []
+        self._api = self._call("sign in", self._sign_in)
+        self.owner: str = self._api.config_values["username"]
+        keys = (self._api.config_values.get(name) for name in ("key", "token"))
+        self._secrets = [secret for secret in keys if secret]
+
+    def push(self, folder: Path, session_seconds: int) -> Pushed:
+        """One try, since a second push would start a second session: ask ``source`` first, whatever went wrong before.
+
+        Raises LimitReached, Refused (also for sources that the service does not know), or KaggleError.
+        """
+        answer = self._call("push", lambda: self._api.kernels_push(str(folder), timeout=str(session_seconds)), tries=1)
+        if answer.error:
+            if _LIMIT.search(answer.error):
+                raise LimitReached(self._clean(answer.error))
+            raise Refused(200, self._clean(answer.error))
+        kinds = ("dataset", "model", "kernel", "competition")
+        invalid = [s for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
+        if invalid:
+            raise Refused(
+                200, f"no such sources, or no access to them: {', '.join(invalid)}. Correct params/kaggle.yaml."
+            )
+        return Pushed(answer.ref, answer.url, answer.version_number)
+
+    def source(self, slug: str) -> tuple[str, int | None] | None:
+        """Text and version of the account's kernel, or None where there is none."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+        answer = self._ask_kernel("look for the kernel", "get_kernel", ApiGetKernelRequest(), slug)
+        return answer and (answer.blob.source or "", answer.metadata.current_version_number)
+
+    def status(self, slug: str) -> tuple[str, str] | None:
+        """(QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_*, failure message), or None where there is no such kernel."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
+
+        answer = self._ask_kernel("status", "get_kernel_session_status", ApiGetKernelSessionStatusRequest(), slug)
+        return answer and (answer.status.name, self._clean(answer.failure_message or ""))
+
+    def output(self, slug: str, folder: Path) -> tuple[str, list[str]]:
+        """Download the output files of the latest version into ``folder``.
+
+        Returns the log, and what was not taken and why: a name that would leave the folder, a file that is not there.
+        """
+        log, refused = "", []
+        for page in self._output_pages(slug):
+            log = log or page.log or ""
+            for file in page.files or []:
+                target = safe_path(folder, file.file_name or "")
+                if target is None:
+                    refused.append(f"{(file.file_name or '')[:200]!r}: the name would leave the run's folder")
+                    continue
+                try:
+                    self._call(f"download {target.name}", lambda file=file, target=target: _download(file.url, target))
+                except Refused as refusal:
+                    refused.append(f"{target.name}: {refusal}")
+        return self._clean(log), refused
+
+    def quota(self) -> str:
+        """GPU hours of the week in words."""
+        gpu = self._call("quota", self._api.quota_view).gpu_quota
+        if gpu is None or gpu.total_time_allowed is None:
+            return "Kaggle does not say how many GPU hours are left"
+        total, used = (t.total_seconds() / 3600 if t else 0.0 for t in (gpu.total_time_allowed, gpu.time_used))
+        return f"{max(0.0, total - used):.1f} of {total:.1f} GPU hours left this week"
+
+    def dataset_status(self, slug: str) -> str | None:
+        """``ready`` when it can be mounted; None where there is none."""
+        try:
+            return self._call("data set", lambda: self._api.dataset_status(f"{self.owner}/{slug}"))
+        except Refused as refusal:
+            if refusal.status in (403, 404):
+                return None
+            raise
+
+    def dataset_files(self, slug: str) -> set[str]:
+        """Names of the files in the account's data set."""
+        names: set[str] = set()
+        token = None
+        while True:
+            ref, page = f"{self.owner}/{slug}", {"page_token": token, "page_size": 200}
+            answer = self._call("data set", lambda ref=ref, page=page: self._api.dataset_list_files(ref, **page))
+            found = {file.name for file in answer.files or []}
+            if not found - names:  # the last page, or one that says nothing new
+                return names
+            names |= found
+            token = answer.next_page_token
+            if not token:
+                return names
+
+    def create_dataset(self, folder: Path) -> None:
+        """Upload a folder as a private data set. The client goes on without a file that it could not upload."""
+        answer = self._call(
+            "upload", lambda: self._api.dataset_create_new(str(folder), quiet=True), seconds=UPLOAD_SECONDS, tries=3
+        )
+        if answer.error and "already in use" not in answer.error:
+            raise Refused(200, self._clean(answer.error))
+
+    def _sign_in(self):
+        """The package signs in when it is imported, says on stdout if it cannot, and goes on without credentials."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            from kaggle import api
+
+            if not api.config_values.get("username"):
+                with contextlib.suppress(SystemExit):
+                    api.authenticate()
+        if not api.config_values.get("username"):
+            raise KaggleError(
+                "no Kaggle credentials: run `kaggle auth login`, or put a token of kaggle.com/settings into "
+                "~/.kaggle/access_token or KAGGLE_API_TOKEN"
+            )
+        return api
+
+    def _ask_kernel(self, what: str, method: str, request: Any, slug: str):
+        request.user_name, request.kernel_slug = self.owner, slug
+
+        def ask():
+            with self._api.build_kaggle_client() as client:
+                return getattr(client.kernels.kernels_api_client, method)(request)
+
+        try:
+            return self._call(what, ask)
+        except Refused as refusal:
+            if refusal.status in (403, 404):  # a kernel that does not exist is "forbidden"
+                return None
+            raise
+
+    def _output_pages(self, slug: str) -> Iterator[Any]:
+        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+        token, seen = "", set()
+        while token not in seen:
+            seen.add(token)
+            request = ApiListKernelSessionOutputRequest()
+            request.page_size, request.page_token = 100, token
+            page = self._ask_kernel("list the output", "list_kernel_session_output", request, slug)
+            if page is None:
+                raise KaggleError(f"{self.owner}/{slug} has no output, or is not there")
+            yield page
+            token = page.next_page_token
+            if not token:
+                return
+            if len(seen) * 100 > MAX_FILES:
+                raise KaggleError(f"{self.owner}/{slug} has more than {MAX_FILES} output files; a run leaves a handful")
+
+    def _call(self, what: str, call: Callable[[], Any], *, seconds: float | None = None, tries: int = ATTEMPTS) -> Any:
+        """Its answer; after the last try KaggleError with the reason."""
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            asked = state.outcome.exception().wait
+            return min(asked, self._longest_wait) if asked is not None else self._wait(state)
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Transient),
+            stop=tenacity.stop_after_attempt(tries), wait=wait, reraise=True,
+        )  # fmt: skip
+        try:
+            return retrying(self._try, call, seconds or self._call_seconds)
+        except _Transient as error:
+            raise Unreachable(
+                f"{what}: {self._clean(str(error))} (tries: {tries}). Repeat the command later."
+            ) from None
+        except Refused as error:
+            error.args = (self._clean(str(error)),)
+            raise error from None
+
+    def _try(self, call: Callable[[], Any], seconds: float) -> Any:
+        try:
+            return _within(seconds, call)
+        except requests.HTTPError as error:
+            status, reason = _reason(error.response)
+            if status == 429 or status >= 500:
+                raise _Transient(f"{status}: {reason}", _retry_after(error.response)) from None
+            raise Refused(status, reason) from None
+        except (requests.RequestException, json.JSONDecodeError, OSError) as error:
+            raise _Transient(f"{type(error).__name__}: {error}") from None
+
+    def _clean(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def safe_path(folder: Path, name: str) -> Path | None:
+    """Where an output file goes; None for a name that would leave the folder, on any operating system."""
+    parts = re.split(r"[\\/]", name)
+    if "\0" in name or any(p in ("", ".", "..") or ":" in p for p in parts) or len(name) > 200:
+        return None
+    return folder.joinpath(*parts)
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The call's answer; the package's calls know no time-out, so one that hangs is left behind in a thread."""
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # handed to the caller as it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise requests.Timeout(f"no answer within {seconds:.0f} s") from None
+
+
+def _download(url: str, target: Path) -> None:
+    """Into a temporary file first: what has the right name is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    with requests.get(url, stream=True, timeout=CALL_SECONDS) as answer:
+        answer.raise_for_status()
+        with temporary.open("wb") as file:
+            for chunk in answer.iter_content(1 << 20):
+                file.write(chunk)
+        announced = answer.headers.get("Content-Length")
+    if announced and "Content-Encoding" not in answer.headers and temporary.stat().st_size != int(announced):
+        raise requests.ConnectionError(f"{temporary.stat().st_size} of {announced} bytes came")
+    temporary.replace(target)
+
+
+def _reason(response: requests.Response) -> tuple[int, str]:
+    """Status, and the message inside an error body, however deep it is nested; else the beginning of the body."""
+
+    def search(content: object) -> str | None:
+        if isinstance(content, dict):
+            for key in ("message", "error", "errorMessage", "details"):
+                value = content.get(key)
+                found = value if isinstance(value, str) else search(value)
+                if found:
+                    return search_text(found) or found
+        if isinstance(content, list):
+            return next(filter(None, map(search, content)), None)
+        return None
+
+    def search_text(text: str) -> str | None:
+        try:
+            return search(json.loads(text))
+        except json.JSONDecodeError:
+            return None
+
+    text, status = response.text, response.status_code
+    if status < 400:  # the package raises for a body that holds an error's code, too
+        status = response.json()["code"]
+    return status, search_text(text) or re.sub(r"<[^>]*>|\s+", " ", text).strip()[
+        :300
+    ] or response.reason or "no reason"
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    seconds = response.headers.get("Retry-After", "")
+    return float(seconds) if seconds.isdigit() else None

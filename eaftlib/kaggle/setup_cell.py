@@ -1,0 +1,222 @@
+"""Set-up of a built notebook, where nothing is installed yet: the standard library and what every image brings.
+
+The text of this file is the notebook's set-up cell. It finds inputs, installs the library, and sees to it that the
+session leaves ``eaft_run.json`` and one marked output, however it ends.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from IPython import get_ipython
+from IPython.display import display
+from packaging.requirements import Requirement
+
+OUTCOME, MARKER, SCHEMA = "eaft_run.json", "EAFT-RUN", "eaft-run/1"
+RESULT_TYPES = (".json", ".parquet", ".safetensors")
+
+
+class Session:
+    """One session of a built notebook. ``run`` holds what the builder wrote into the cell.
+
+    Results go to ``work``; notebooks run in ``scratch``, where every path of the parameters is a link to the real place.
+    """
+
+    def __init__(self, run: dict):
+        self.run, self.home, self.began = run, Path.cwd(), time.time()
+        self.on_kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+        self.inputs = self.home.parent / "input" if self.on_kaggle else None  # /kaggle/input beside /kaggle/working
+        self.work = self.home if self.on_kaggle else self.home / run["run"]
+        self.scratch = Path(tempfile.mkdtemp(prefix="eaft-"))
+        self.outcome = {k: run[k] for k in ("run", "attempt", "params_sha256", "code_sha256", "commit")}
+        self.outcome = {
+            "schema": SCHEMA,
+            **self.outcome,
+            "status": "running",
+            "error": None,
+            "machine": {},
+            "files": {},
+        }
+        self.secrets: list[str] = []
+
+    def start(self, wheel: str) -> None:
+        """Everything before the first cell of the notebook proper; ``wheel`` is base85, or empty if it is mounted."""
+        get_ipython().events.register("post_run_cell", self._after_cell)
+        self.work.mkdir(exist_ok=True)
+        self._write()
+        if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+            self._set_deadline()
+        self._take_token()
+        self._link_paths()
+        self._require_packages()
+        self._install(wheel)
+        self._describe()
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Write the outcome, print the marker line, and put the results into the notebook as one JSON output."""
+        if self.outcome["status"] != "running":
+            return
+        found = sorted(f for f in self.work.iterdir() if f.suffix in RESULT_TYPES and f.name != OUTCOME)
+        found = [f for f in found if f.is_file() and f.name[0] not in "._"]
+        self.outcome |= {"status": status, "error": error and self._without_secrets(error)}
+        self.outcome |= {"files": {f.name: sha256(f) for f in found}, "seconds": round(time.time() - self.began, 1)}
+        self._write()
+        # Each result is one string: an .ipynb puts every number of a list on a line of its own.
+        texts = {
+            f.name: json.dumps(json.loads(f.read_text()), separators=(",", ":")) for f in found if f.suffix == ".json"
+        }
+        display({"application/json": {**self.outcome, "results": texts}}, raw=True, metadata={"application/json": {}})
+        facts = {k: self.outcome[k] for k in ("run", "attempt", "status", "params_sha256", "seconds")}
+        print(MARKER, json.dumps(facts), flush=True)
+
+    def _after_cell(self, result) -> None:
+        error = result.error_before_exec or result.error_in_exec
+        if error is not None:
+            self.finish("failed", "".join(traceback.format_exception(error)))
+
+    def _write(self) -> None:
+        temporary = self.work / f".{OUTCOME}"
+        temporary.write_text(json.dumps(self.outcome, indent=1) + "\n")
+        temporary.replace(self.work / OUTCOME)
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def _set_deadline(self) -> None:
+        """Stop before the session is killed: a session that is killed may not say why."""
+        seconds = self.run["deadline_seconds"]
+
+        def stop(*_):
+            raise TimeoutError(f"the notebook's own deadline of {seconds} s is over; push again to resume")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(seconds)
+
+    def _take_token(self) -> None:
+        """HF_TOKEN from the secrets of Kaggle or Colab; public repositories need none."""
+        try:
+            if self.on_kaggle:
+                from kaggle_secrets import UserSecretsClient
+
+                token = UserSecretsClient().get_secret("HF_TOKEN")
+            else:
+                from google.colab import userdata
+
+                token = userdata.get("HF_TOKEN")
+        except ImportError:
+            print("no secrets service here; HF_TOKEN is what the environment says")
+            token = os.environ.get("HF_TOKEN")
+        except Exception as missing:  # each service has error classes of its own, which cannot be imported elsewhere
+            print(f"no secret HF_TOKEN ({type(missing).__name__}): gated repositories cannot be read")
+            token = None
+        if token:
+            self.secrets.append(token)
+            os.environ["HF_TOKEN"] = token
+
+    def _link_paths(self) -> None:
+        os.chdir(self.scratch)
+        link(Path(self.run["out_dir"]), self.work)
+        for name, mounts in self.run["mounts"].items():
+            place = self._find(mounts, name)
+            if place:
+                link(Path(name), place)
+                print(f"{name}: {place}")
+            elif not self.run["internet"]:
+                raise FileNotFoundError(f"{name} is not mounted (looked for {mounts}) and internet is off")
+            else:
+                print(f"{name}: not mounted, comes from the Hugging Face hub")
+        for name, file in self.run["files"].items():
+            place = self._find([f"{m}/{file['stored_as']}" for m in self.run["file_mounts"]], name)
+            if place is None:
+                raise FileNotFoundError(f"{name}: neither mounted nor in {self.home}; upload it there under this path")
+            if sha256(place) != file["sha256"]:
+                raise ValueError(f"{place} is not the {name} that this notebook was built with (its SHA-256 differs)")
+            if file["resume"]:
+                shutil.copy(place, self.work / name)
+            else:
+                link(Path(name), place)
+
+    def _find(self, mounts: list[str], name: str) -> Path | None:
+        """The first of the mounts (patterns under the input folder) that is there, else ``name`` in the home folder."""
+        hits = [hit for m in mounts for hit in sorted(self.inputs.glob(m))] if self.inputs else []
+        hits += [p for p in [self.home / name] if p.exists()]
+        return hits[0] if hits else None
+
+    def _require_packages(self) -> None:
+        unmet = [r for r in self.run["requires"] if not met(r)]
+        if not unmet:
+            return
+        wheels = self._find(self.run["wheel_mounts"], "wheels")
+        if any(r.startswith("torch") for r in unmet) and not wheels:
+            raise RuntimeError(
+                f"this image is too old: it does not meet {unmet}. Choose a newer image, or a wheels data set."
+            )
+        if not wheels and not self.run["internet"]:
+            raise RuntimeError(
+                f"missing or too old: {unmet}. Turn internet on, or put their wheels into a data set and name it as "
+                "`wheels` in params/kaggle.yaml."
+            )
+        where = ["--no-index", "--find-links", str(wheels)] if wheels else []
+        print("installing", *unmet, *where)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *where, *unmet], check=True)
+
+    def _install(self, wheel: str) -> None:
+        """Install the embedded or mounted wheel for this kernel alone, after checking its SHA-256."""
+        file = self.scratch / self.run["wheel"]["name"]
+        if wheel:
+            file.write_bytes(base64.b85decode(wheel))
+        if sha256(file) != self.run["wheel"]["sha256"]:
+            raise ValueError(
+                f"{file.name} is damaged: its SHA-256 is {sha256(file)}, not {self.run['wheel']['sha256']}"
+            )
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--target", str(self.scratch / "lib"), str(file)], check=True)
+        sys.path.insert(0, str(self.scratch / "lib"))
+
+    def _describe(self) -> None:
+        import torch
+
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        self.outcome["machine"] = {
+            "where": "Kaggle" if self.on_kaggle else "Colab" if "google.colab" in sys.modules else "elsewhere",
+            "gpus": [f"{c.name}, {c.total_memory / 2**30:.1f} GiB" for c in cards],
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        }
+        self._write()
+        for name, value in self.outcome["machine"].items():
+            print(f"{name:13}{value}")
+        print(f"{'eaftlib':13}{self.run['wheel']['name']}, commit {self.run['commit']}")
+        print(f"{'results in':13}{self.work}")
+
+
+def link(name: Path, target: Path) -> None:
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.symlink_to(target)
+
+
+def met(requirement: str) -> bool:
+    wanted = Requirement(requirement)
+    try:
+        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
