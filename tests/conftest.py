@@ -1,7 +1,11 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may touch the network
+os.environ["KAGGLE_API_ENVIRONMENT"] = "LOCALHOST"  # before kaggle is imported, for the same reason
 
+from pathlib import Path
+
+import kaggle_server
 import pytest
 import torch
 import world
@@ -57,3 +61,20 @@ def cpu():
 def hf_model(model_folder):
     """The same checkpoint as transformers loads and runs it, in float32 with eager attention."""
     return world.load_with_transformers(AutoModelForCausalLM, model_folder)
+
+
+@pytest.fixture
+def project(tmp_path, model_folder, packs_folder):
+    """A folder to start Kaggle commands in, with the tiny model and packs."""
+    folder = kaggle_server.copy_project(tmp_path / "project", Path(__file__).parents[1])
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "model").symlink_to(model_folder)
+    (folder / "tiny" / "packs").symlink_to(packs_folder)
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = kaggle_server.KaggleServer(tmp_path / "server")
+    yield server
+    server.close()

@@ -1,5 +1,6 @@
 """A loopback Kaggle: speaks the client's wire format on 127.0.0.1 and runs what is pushed, or plays a script of faults."""
 
+import ast
 import base64
 import json
 import os
@@ -16,6 +17,12 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import yaml
+
+TINY = {
+    "model": "tiny/model", "packs": "tiny/packs", "label": "base", "only": ["UNION", "pack_a"], "seq_lens": [24, 40],
+    "num_blocks": 3, "device": "cpu", "dtype": "float32", "out_dir": "outputs/tiny",
+}  # fmt: skip
 OWNER, KEY = "tester", "0123planted4567kaggle89abcdefkey"
 HF_TOKEN = "hf_plantedTokenOfTheSession0001"
 PAGE = 20  # files a page, whatever is asked for
@@ -341,3 +348,32 @@ def copy_project(folder, root):
     (folder / "params").mkdir()
     shutil.copy(root / "params" / "kaggle.yaml", folder / "params")
     return folder
+
+
+def write_params(project, name, **changes):
+    """A file of parameters for the tiny model; returns its path inside the project."""
+    file = project / "params" / "tiny" / f"{name}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(TINY | changes))
+    return str(file.relative_to(project))
+
+
+def run_of(version):
+    """What the builder wrote into a pushed notebook's start cell."""
+    cells = json.loads(version.request["text"])["cells"]
+    start = next(cell["source"] for cell in cells if cell["source"].startswith("RUN = "))
+    return ast.literal_eval(ast.parse(start).body[0].value)
+
+
+def assert_loopback(environment):
+    """Ask the client itself, in a process of its own, where it would send its calls."""
+    subprocess.run([sys.executable, "-c", _CHECK_ENDPOINT], env=environment, check=True)
+
+
+_CHECK_ENDPOINT = """
+import requests
+from kaggle import api
+endpoint = api.build_kaggle_client().http_client()._endpoint
+assert endpoint == "http://localhost", endpoint
+assert requests.utils.get_environ_proxies("http://localhost/")["http"].startswith("http://127.0.0.1:")
+"""

@@ -1,80 +1,171 @@
 """The unmodified client against a loopback Kaggle that really executes what is pushed."""
 
 import json
-import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
-from kaggle_server import KaggleServer, copy_project, session_environment
+from kaggle_server import HF_TOKEN, KEY, OWNER, assert_loopback, session_environment, write_params
+
+from eaftlib import results
+from eaftlib.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "model": "tiny/model", "packs": "tiny/packs", "label": "base", "only": ["UNION", "pack_a"], "seq_lens": [24, 40],
-    "num_blocks": 3, "device": "cpu", "dtype": "float32", "out_dir": "outputs/tiny",
-}  # fmt: skip
-CHECK_ENDPOINT = """
-import requests
-from kaggle import api
-endpoint = api.build_kaggle_client().http_client()._endpoint
-assert endpoint == "http://localhost", endpoint
-assert requests.utils.get_environ_proxies("http://localhost/")["http"].startswith("http://127.0.0.1:")
-"""
 
 
 @pytest.fixture
-def project(tmp_path, model_folder, packs_folder):
-    """A folder to start commands in, with the tiny model and packs of the tests."""
-    folder = copy_project(tmp_path / "project", ROOT)
-    (folder / "tiny").mkdir()
-    (folder / "tiny" / "model").symlink_to(model_folder)
-    (folder / "tiny" / "packs").symlink_to(packs_folder)
-    return folder
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = KaggleServer(tmp_path / "server")
-    yield server
-    server.close()
-
-
-def write_params(project, name, **values):
-    file = project / "params" / "tiny" / f"{name}.yaml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(values))
-    return f"params/tiny/{name}.yaml"
-
-
-def command(project, server, *arguments, status=0):
-    """Run ``python -m eaftlib`` against the server, and only against it; returns what it printed."""
-    home = project.parent / "home"
-    home.mkdir(exist_ok=True)
+def command(project, server, tmp_path):
+    """Run a command against the server, and only against it; returns what it printed."""
+    home = tmp_path / "home"
+    home.mkdir()
     environment = session_environment(home) | server.environment(home)
-    subprocess.run([sys.executable, "-c", CHECK_ENDPOINT], env=environment, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "eaftlib", *arguments],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    assert_loopback(environment)
+
+    def run(*arguments, status=0):
+        arguments = [sys.executable, "-m", *arguments]
+        done = subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        print(done.stdout, done.stderr, sep="\n")
+        assert done.returncode == status
+        return done.stdout + done.stderr
+
+    return run
+
+
+def ledger_of(project, run):
+    return json.loads((project / "kaggle_runs" / run / "run.json").read_text())
+
+
+def entries_of(path):
+    """(pack, seq_len) -> every number of a result but its speed."""
+    content = json.loads(path.read_text())
+    found = {(pack["pack"], length): entry for pack in content["packs"] for length, entry in pack["seq"].items()}
+    for entry in found.values():
+        del entry["model"]["tok_s_pred"]
+    return found
+
+
+def test_push_status_pull_give_a_local_runs_numbers(project, server, command, checkpoint, source, cpu, tmp_path):
+    settings = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "rows": "all"}
+    (local,) = evaluate(checkpoint, source, cpu, {"base": None}, out_dir=tmp_path / "local", **settings)
+    params = write_params(project, "eval")
+
+    said = command("eaftlib", "kaggle", "push", params)
+    (run,) = server.kernels
+    assert f"{run}  submitted, version 1: https://www.kaggle.com/code/{OWNER}/{run}" in said
+    command("eaftlib", "kaggle", "push", params)  # repeated: nothing new
+    server.latest(run).stale = 1
+    version = server.wait(run)
+    assert f"{run}  running" in command("eaftlib", "kaggle", "status")
+    said = command("eaftlib", "kaggle", "status")
+    assert f"{run}  ended" in said and "30.0 of 30.0 GPU hours left" in said
+    assert f"{run}  verified" in command("eaftlib", "kaggle", "pull")
+
+    result = project / "kaggle_runs" / run / "result" / "base.json"
+    assert entries_of(result) == entries_of(local)
+    assert results.read(result).tokens("UNION", 24).nll.tolist() == results.read(local).tokens("UNION", 24).nll.tolist()
+    assert len(server.kernels[run]) == 1 and server.calls.count("SaveKernel") == 1
+    ledger = ledger_of(project, run)
+    states = [step["state"] for step in ledger["steps"]]
+    assert states == ["queued", "pushing", "submitted", "running", "ended", "verified"]
+    assert ledger["version"] == 1 and set(ledger["results"]) == {"base.json", "base.tokens.parquet"}
+    assert [p.name for p in version.folder.rglob("demo")] == []
+
+    # By hand: the client's own output command, and any executed copy of the notebook, give the same JSON.
+    command("kaggle", "kernels", "output", f"{OWNER}/{run}", "-p", "by-hand")
+    assert (project / "by-hand" / "base.json").read_bytes() == result.read_bytes()
+    command("kaggle", "kernels", "pull", f"{OWNER}/{run}", "-p", "copy")
+    said = command("eaftlib", "results", "from-notebook", f"copy/{run}.ipynb", "--out-dir", "copy")
+    assert (project / "copy" / "base.json").read_bytes() == result.read_bytes() and "complete" in said
+
+    # No token in anything that was pushed, kept, printed or executed, though the session held one.
+    assert HF_TOKEN in (version.folder / "image" / "kaggle_secrets.py").read_text()
+    shutil.rmtree(version.folder / "image")
+    for file in [*project.rglob("*"), *version.folder.rglob("*")]:
+        if file.is_file():
+            content = file.read_bytes()
+            assert KEY.encode() not in content and HF_TOKEN.encode() not in content, file
+
+
+def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it_has(project, server, command):
+    """The first attempt is killed after its second pass; the second scores only what is left."""
+    params = write_params(project, "eval")
+
+    def killed_in_its_third_pass(version):
+        text = version.request["text"]
+        trap = "from eaftlib import forward\\nforward.score, n = (lambda s: lambda *a, **k: (n.append(1), "
+        trap += "__import__('os').kill(__import__('os').getpid(), 9) if len(n) > 2 else None, s(*a, **k))[2])"
+        trap += "(forward.score), []\\nwritten = evaluation.evaluate("
+        version.request["text"] = text.replace("written = evaluation.evaluate(", trap)
+        return server.execute(version)
+
+    server.session = killed_in_its_third_pass
+    command("eaftlib", "kaggle", "push", params)
+    (run,) = server.kernels
+    assert server.wait(run).status == "ERROR"
+    said = command("eaftlib", "kaggle", "pull", status=1)
+    assert f"{run}  failed" in said and "the session ended before its notebook did" in said
+    assert "Traceback (most recent call last)" in said and "DeadKernelError" in said
+    failed = project / "kaggle_runs" / run / "failed-1"
+    assert set(entries_of(failed / "base.json")) == {("UNION", "24"), ("UNION", "40")}
+    assert "Ending Cell" in (failed / "session.log").read_text()
+
+    assert "--resume" in command("eaftlib", "kaggle", "push", params)  # not by itself
+    assert len(server.kernels[run]) == 1
+    server.session = server.execute
+    said = command("eaftlib", "kaggle", "push", params, "--resume")
+    assert "resumes with base.json, base.tokens.parquet" in said and "version 2" in said
+    version = server.wait(run)
+    assert version.status == "COMPLETE"
+    command("eaftlib", "kaggle", "pull")
+    passes = re.findall(
+        r"(\w+) (\d+): finished by an earlier run", (project / f"kaggle_runs/{run}/result/session.log").read_text()
     )
-    print(done.stdout + done.stderr)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert passes == [("UNION", "24"), ("UNION", "40")]
+    found = entries_of(project / "kaggle_runs" / run / "result" / "base.json")
+    assert set(found) == {(pack, length) for pack in ("UNION", "pack_a") for length in ("24", "40")}
+    assert found["UNION", "24"] == entries_of(failed / "base.json")["UNION", "24"]
 
 
-def test_push_poll_pull(project, server):
-    params = write_params(project, "eval", **TINY)
-    command(project, server, "kaggle", "push", params)
+def test_an_error_in_the_notebook_is_in_its_outcome_and_its_output(project, server, command):
+    """Too many blocks for the packs: the library's own message reaches the person who pulls."""
+    command("eaftlib", "kaggle", "push", write_params(project, "eval", num_blocks=4000))
     (run,) = server.kernels
     version = server.wait(run)
-    print(version.log[-3000:])
-    command(project, server, "kaggle", "status")
-    command(project, server, "kaggle", "pull")
-    print(json.loads((project / "kaggle_runs" / run / "run.json").read_text()))
-    os.system(f"find {project}/kaggle_runs | xargs ls -lad; find {version.folder} | grep -v lib/")
-    assert 0
+    said = command("eaftlib", "kaggle", "pull", status=1)
+    assert "PackError: pack UNION (rows: all)" in said and "4000 were asked for" in said
+    executed = nbformat.read(version.working / "__notebook__.ipynb", 4)
+    assert "EAFT-RUN" in json.dumps(executed) and '"status": "failed"' in json.dumps(executed).replace("\\", "")
+    said = command("eaftlib", "results", "from-notebook", str(version.working / "__notebook__.ipynb"), status=1)
+    assert f"{run}, attempt 1: failed" in said
+
+
+def test_the_demo_runs_in_colab_from_the_same_notebook(project, server, command, tmp_path):
+    """Neither Kaggle's variable nor its mounts: files lie in the folder that the notebook is opened in."""
+    (project / "demo").symlink_to(ROOT / "demo")
+    values = {"model": "demo/model", "packs": "demo/packs", "only": ["UNION"], "seq_lens": [1024], "num_blocks": 2}
+    file = project / "params" / "demo.yaml"
+    file.write_text(yaml.safe_dump(values | {"label": "base", "out_dir": "outputs/demo/base"}))
+    said = command("eaftlib", "kaggle", "build", "params/demo.yaml", "built")
+    run = re.search(r"eaft-demo-\w+", said)[0]
+    content = tmp_path / "content"
+    content.mkdir()
+    (content / "demo").symlink_to(ROOT / "demo")
+    arguments = [
+        sys.executable,
+        "-m",
+        "papermill",
+        project / "built" / "notebook.ipynb",
+        "executed.ipynb",
+        "--no-progress-bar",
+    ]
+    subprocess.run(arguments, cwd=content, env=session_environment(tmp_path), check=True, capture_output=True)
+    assert {p.name for p in content.iterdir()} == {"demo", "executed.ipynb", run}
+    assert {p.name for p in (content / run).iterdir()} == {"base.json", "base.tokens.parquet", "eaft_run.json"}
+    command("eaftlib", "results", "from-notebook", str(content / "executed.ipynb"), "--out-dir", "copy")
+    assert (project / "copy" / "base.json").read_bytes() == (content / run / "base.json").read_bytes()
+    results.read(project / "copy" / "base.json")

@@ -128,6 +128,9 @@ def _check_result(path: Path, entry: Entry) -> None:
     result = results.read(path)
     if result.meta.get("code_sha256") != entry.code_sha256:
         raise ResultError(f"{path.name} was written by other code than this run's: {result.meta.get('code_sha256')}")
+    for name in ("rows", "num_blocks", "entropy_topk", "cc_quantile"):
+        if result.meta.get(name) != entry.params[name]:
+            raise ResultError(f"{path.name}: {name} is {result.meta.get(name)}, expected {entry.params[name]}")
     packs = entry.params["only"] or sorted({pack for pack, _ in result.entries}) or ["UNION"]
     for pack in packs:
         for seq_len in entry.params["seq_lens"]:
