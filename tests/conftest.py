@@ -3,10 +3,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may touch the network
 os.environ["KAGGLE_API_ENVIRONMENT"] = "LOCALHOST"  # before kaggle is imported, for the same reason
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import kaggle_server
 import pytest
+import requests
 import torch
 import world
 from hypothesis import settings
@@ -14,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from eaftlib import forward
 from eaftlib.checkpoint import Checkpoint
+from eaftlib.evaluation import evaluate
+from eaftlib.kaggle import build
 from eaftlib.packs import PackSource, pack_blocks
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
@@ -78,3 +84,62 @@ def server(tmp_path):
     server = kaggle_server.KaggleServer(tmp_path / "server")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def scored(checkpoint, source, cpu, tmp_path_factory):
+    """What the notebook of the tiny parameters writes: the result's two files."""
+    return evaluate(
+        checkpoint,
+        source,
+        cpu,
+        {"base": None},
+        out_dir=tmp_path_factory.mktemp("scored"),
+        seq_lens=[24, 40],
+        num_blocks=3,
+        only=["UNION", "pack_a"],
+        progress=False,
+    )[0].parent
+
+
+@pytest.fixture
+def play(scored):
+    """A session that ends at once with what the real one would have written; ``change`` is given to spoil it."""
+
+    def session(version, status="COMPLETE", change=lambda folder, content: None, **outcome):
+        run = kaggle_server.run_of(version)
+        for file in scored.iterdir():
+            shutil.copy(file, version.working)
+        content = {k: run[k] for k in ("run", "attempt", "params_sha256", "code_sha256", "commit")}
+        content |= {"schema": "eaft-run/1", "status": "complete", "error": None, "machine": {}}
+        change(version.working, content)
+        files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in version.working.iterdir()}
+        text = json.dumps(content | {"files": files} | outcome)
+        (version.working / "eaft_run.json").write_text(text)
+        version.log = json.dumps([{"stream_name": "stdout", "time": 1.5, "data": "EAFT-RUN\n"}])
+        return status
+
+    return session
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    return build.make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def here(project, server, play, wheel, monkeypatch, tmp_path):
+    """Work in the project folder with a client that can only reach the loopback server, whose sessions are played."""
+    server.session = play
+    monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)  # once is enough
+    monkeypatch.chdir(project)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, value in server.environment(home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
+    import kaggle
+
+    assert kaggle.api.build_kaggle_client().http_client()._endpoint == "http://localhost"
+    assert requests.utils.get_environ_proxies("http://localhost/")["http"] == f"http://127.0.0.1:{server.port}"
+    return project

@@ -64,14 +64,14 @@ class KaggleServer:
         self.invalid_sources = []
         self.session_limit, self.quota_hours = 2, 30
         self.extra_files = {}  # hostile names and the like: name -> bytes, listed with every output
-        self.missing_files = set()  # listed, but their URL gives a 404 page
+        self.missing_files = {}  # listed, but their address gives a 404 page with this status
         self.most_sessions = 0
         self.lock = threading.RLock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = Listener(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.http.owner = self
         self.port = self.http.server_address[1]
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self.http.shutdown()
@@ -235,6 +235,12 @@ def session_environment(folder, *python_path):
     return kept | {"OMP_NUM_THREADS": "2", "JUPYTER_PLATFORM_DIRS": "1"}
 
 
+class Listener(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
+            super().handle_error(request, client_address)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -275,6 +281,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.kaggle.lock:
                 answer = getattr(self.kaggle, method)(body)
         except Refusal as refusal:
+            self.kaggle.on_call(method, "after")
             return self.fail(refusal.status, refusal.message)
         self.kaggle.on_call(method, "after")
         if fault == "drop after":
@@ -295,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self.reply(fault, b"<html>error</html>", "text/html")
         if name in self.kaggle.missing_files:
-            return self.reply(404, NOT_FOUND_PAGE, "text/html")
+            return self.reply(self.kaggle.missing_files[name], NOT_FOUND_PAGE, "text/html")
         content = self.kaggle.extra_files.get(name)
         if content is None:
             content = (self.kaggle.kernels[slug][int(number) - 1].working / name).read_bytes()

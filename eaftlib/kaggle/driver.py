@@ -236,11 +236,11 @@ def _fetch(service: Service, entry: Entry) -> Entry:
             raise ResultError(f"this is the output of attempt {found.attempt}, expected {entry.attempt}")
         outcome.check(download, found, entry)
         if refused:
-            raise ResultError("; ".join(refused))
+            raise ResultError(refused[0])
     except ResultError as error:
-        ended = entry.steps[-1].note
+        reasons = [entry.steps[-1].note, str(error).replace(f"{download}/", ""), *refused]
         _replace(download, failed_folder(entry, entry.attempt))
-        return entry.enter("failed", " | ".join([ended, str(error), *refused][: 2 + len(refused)]))
+        return entry.enter("failed", " | ".join(dict.fromkeys(reasons)))
     _replace(download, result_folder(entry))
     return entry.enter("verified", results=found.files)
 

@@ -59,7 +59,7 @@ class Service:
 
     def __init__(self, *, first_wait: float = 1.0, longest_wait: float = 60.0, call_seconds: float = CALL_SECONDS):
         """first_wait, longest_wait: seconds between tries, doubled each time. call_seconds: limit of one try."""
-        self._wait = tenacity.wait_exponential_jitter(initial=first_wait, max=longest_wait, jitter=first_wait)
+        self._wait = tenacity.wait_exponential_jitter(multiplier=first_wait, max=longest_wait, jitter=first_wait)
         self._longest_wait, self._call_seconds = longest_wait, call_seconds
         self._secrets: list[str] = []
         self._api = self._call("sign in", self._sign_in)
@@ -276,6 +276,8 @@ def _download(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     with requests.get(url, stream=True, timeout=CALL_SECONDS) as answer:
+        if not answer.ok:
+            _ = answer.content  # the reason, which cannot be read once the connection is closed
         answer.raise_for_status()
         with temporary.open("wb") as file:
             for chunk in answer.iter_content(1 << 20):
@@ -306,12 +308,11 @@ def _reason(response: requests.Response) -> tuple[int, str]:
         except json.JSONDecodeError:
             return None
 
-    text, status = response.text, response.status_code
+    status = response.status_code
     if status < 400:  # the package raises for a body that holds an error's code, too
         status = response.json()["code"]
-    return status, search_text(text) or re.sub(r"<[^>]*>|\s+", " ", text).strip()[
-        :300
-    ] or response.reason or "no reason"
+    beginning = " ".join(re.sub(r"<[^>]*>", " ", response.text).split())[:300]
+    return status, search_text(response.text) or beginning or response.reason or "no reason"
 
 
 def _retry_after(response: requests.Response) -> float | None:

@@ -1,0 +1,417 @@
+"""The driver against a service that fails in every way on record: one kernel and one result, whatever happens."""
+
+import json
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from kaggle_server import KEY, NOT_FOUND_PAGE, assert_loopback, session_environment, write_params
+
+from eaftlib.errors import KaggleError, ParameterError
+from eaftlib.kaggle import driver, ledger
+from eaftlib.kaggle.service import LimitReached, Service
+
+
+def impatient(**changes):
+    return Service(**({"first_wait": 0.01, "longest_wait": 0.02, "call_seconds": 1} | changes))
+
+
+def files_of(project, *names):
+    return [Path(write_params(project, name, out_dir=f"outputs/{name}")) for name in names]
+
+
+def push(project, *names, **options):
+    return driver.push(files_of(project, *names), impatient(), poll_seconds=0.02, **options)
+
+
+def push_one(project, server):
+    """Push a run and wait for the end of its session; returns its name."""
+    (entry,) = push(project, "eval")
+    server.wait(entry.run)
+    return entry.run
+
+
+def states(run):
+    return [step.state for step in ledger.find(run).steps]
+
+
+BURSTS = [
+    [429],
+    [429] * 5,
+    [500, 502, 503],
+    ["drop before"] * 3,
+    ["hang"],
+    ["html", "html"],
+    [503, "drop before", 429, "html"],
+]
+
+
+@pytest.mark.parametrize("faults", BURSTS, ids=str)
+@pytest.mark.parametrize(
+    "method", ["GetKernel", "GetDatasetStatus", "GetKernelSessionStatus", "ListKernelSessionOutput"]
+)
+def test_bursts_of_faults_are_waited_out(here, server, method, faults):
+    server.inject(method, *faults)
+    run = push_one(here, server)
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "verified" and len(server.kernels[run]) == 1
+    assert server.injected == list(map(str, faults))
+
+
+@pytest.mark.parametrize("faults", [[503], ["drop before"], ["cut"], [429, "cut", "drop before", 500]], ids=str)
+def test_downloads_are_whole_or_repeated(here, server, faults):
+    run = push_one(here, server)
+    server.inject("GET", *faults)
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "verified" and len(server.injected) == len(faults)
+    assert not list(driver.result_folder(entry).glob(".*")) and entry.run == run
+
+
+@pytest.mark.parametrize("fault", ["drop before", "drop after", 429, 500, 503, "html", "hang"])
+def test_a_push_without_an_answer_is_not_made_twice(here, server, fault):
+    """Whether it arrived is asked before it is repeated: one version, whichever way it went."""
+    server.inject("SaveKernel", fault)
+    run = push_one(here, server)
+    assert len(server.kernels) == 1 and len(server.kernels[run]) == 1
+    assert ledger.find(run).version == 1
+    assert [e.state for e in driver.pull(impatient())] == ["verified"]
+
+
+def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
+    server.inject("GetKernelSessionStatus", *[500] * 50)
+    push_one(here, server)
+    with pytest.raises(KaggleError) as raised:
+        driver.pull(impatient())
+    assert "status: 500: injected, with your key ***" in str(raised.value) and KEY not in str(raised.value)
+    server.faults.clear()
+    assert [e.state for e in driver.pull(impatient())] == ["verified"]
+
+
+@pytest.mark.parametrize(
+    "status, words", [(400, "Kaggle answered 400: injected"), (404, "answered 404"), (401, "answered 401")]
+)
+def test_a_refusal_gives_the_reason_inside_its_body_and_leaves_the_run_queued(here, server, status, words):
+    server.inject("SaveKernel", status)
+    with pytest.raises(KaggleError, match=words) as raised:
+        push(here, "eval")
+    assert KEY not in str(raised.value)
+    (entry,) = ledger.entries()
+    assert entry.state == "queued" and KEY not in (here / "kaggle_runs" / entry.run / "run.json").read_text()
+    assert push(here, "eval")[0].state == "submitted"
+
+
+def test_a_refusal_in_http_200_is_a_failure(here, server):
+    server.refusals.append("Your account must be phone verified to use a GPU")
+    with pytest.raises(KaggleError, match="phone verified"):
+        push(here, "eval")
+    assert ledger.entries()[0].state == "failed" and not server.kernels
+
+
+def test_sources_that_the_service_does_not_know_are_a_failure(here, server):
+    server.invalid_sources.append("someone/packs")
+    with pytest.raises(KaggleError, match=r"no such sources, or no access to them: someone/packs"):
+        push(here, "eval")
+    assert ledger.entries()[0].state == "failed"
+
+
+LIMITS = ["Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU quota of 30.00 hours has been reached."]
+
+
+@pytest.mark.parametrize("text", LIMITS)
+def test_at_a_limit_it_waits(here, server, text):
+    server.refusals.extend([text] * 3)
+    said = []
+    (entry,) = push(here, "eval", say=said.append)
+    assert entry.state == "submitted" and server.calls.count("SaveKernel") == 4
+    assert sum(text in line for line in said) == 1  # one line for one reason
+
+
+@pytest.mark.parametrize("text", LIMITS)
+def test_at_a_limit_it_stops_when_asked_to(here, server, text):
+    server.refusals.extend([text])
+    with pytest.raises(LimitReached, match=r"1 run\(s\) stay queued"):
+        push(here, "eval", at_limit="stop")
+    assert server.calls.count("SaveKernel") == 1 and ledger.entries()[0].state == "queued"
+    assert push(here, "eval", at_limit="stop")[0].state == "submitted"
+
+
+def test_a_batch_keeps_two_sessions_going(here, server, play):
+    """Six runs; each session lasts until the test lets it go."""
+    gates = []
+
+    def until_let_go(version):
+        gates.append(threading.Event())
+        gates[-1].wait(20)
+        return play(version)
+
+    server.session, server.session_limit = until_let_go, 99  # the limit is the driver's own here
+    names = [f"eval-{i}" for i in range(6)]
+    done = threading.Thread(target=push, args=(here, *names), kwargs={"say": lambda line: None})
+    done.start()
+    for opened in range(6):
+        while len(gates) < min(opened + 2, 6):  # its neighbour has begun
+            threading.Event().wait(0.01)
+        gates[opened].set()
+    done.join(20)
+    for run in server.kernels:
+        server.wait(run)
+    assert server.most_sessions == 2 and len(server.kernels) == 6
+    assert [e.state for e in driver.pull(impatient())] == ["verified"] * 6
+
+
+def test_two_terminals_push_each_run_once(here, server):
+    server.session_limit = 99
+    files = files_of(here, *(f"eval-{i}" for i in range(4)))
+
+    def terminal(files):
+        driver.push(files, impatient(), poll_seconds=0.02, say=lambda line: None)
+
+    terminals = [threading.Thread(target=terminal, args=(order,)) for order in (files, files[::-1])]
+    for terminal in terminals:
+        terminal.start()
+    for terminal in terminals:
+        terminal.join(60)
+    assert len(server.kernels) == 4 and all(len(versions) == 1 for versions in server.kernels.values())
+    assert server.calls.count("SaveKernel") == 4 and len(server.datasets) == 1
+
+
+def test_another_setting_or_another_file_is_another_run(here, server):
+    runs = {push(here, "eval")[0].run}
+    (here / "params" / "tiny" / "eval.yaml").unlink()
+    runs |= {driver.push([Path(write_params(here, "eval", num_blocks=2))], impatient(), poll_seconds=0.02)[0].run}
+    (here / "tiny" / "packs").unlink()
+    import world
+
+    world.write_packs(here / "tiny" / "packs", sizes=(20, 14, 9))
+    runs |= {push(here, "eval")[0].run}
+    assert len(runs) == len(server.kernels) == 3
+
+
+def spoil_schema(folder, content):
+    text = (folder / "base.json").read_text()
+    (folder / "base.json").write_text(text.replace('"ppl"', '"pp1"', 1))
+
+
+def spoil_number(folder, content):
+    text = (folder / "base.json").read_text()
+    (folder / "base.json").write_text(text.replace('"tok_s_pred": ', '"tok_s_pred": NaN, "old": ', 1))
+
+
+def spoil_blocks(folder, content):
+    text = (folder / "base.json").read_text()
+    (folder / "base.json").write_text(text.replace('"num_blocks": 3', '"num_blocks": 4', 1))
+
+
+def spoil_length(folder, content):
+    result = json.loads((folder / "base.json").read_text())
+    del result["packs"][1]["seq"]["40"]
+    (folder / "base.json").write_text(json.dumps(result))
+
+
+def spoil_code(folder, content):
+    text = (folder / "base.json").read_text()
+    (folder / "base.json").write_text(text.replace('"code_sha256": "', '"code_sha256": "0', 1))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f, c: c.update(run="eaft-another"), "this is another run's output"),
+        (lambda f, c: c.update(params_sha256="0"), "params_sha256 is 0"),
+        (lambda f, c: c.update(code_sha256="0"), "code_sha256 is 0"),
+        (lambda f, c: c.update(attempt=7), "output of attempt 7"),
+        (lambda f, c: c.update(status="running"), "the session ended before its notebook did"),
+        (lambda f, c: c.update(status="failed", error="Traceback\nPackError: no rows"), "PackError: no rows"),
+        (lambda f, c: c.update(status="odd"), "is no outcome of a session: status"),
+        (lambda f, c: (f / "base.json").unlink(), "base.json'] are missing"),
+        (spoil_schema, "not a valid result"),
+        (spoil_number, "tok_s_pred is nan"),
+        (spoil_blocks, "num_blocks is 4, expected 3"),
+        (spoil_length, "has no pack_a at 40"),
+        (spoil_code, "written by other code"),
+    ],
+)
+def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, play, change, words):
+    server.session = lambda version: play(version, change=change)
+    run = push_one(here, server)
+    said = []
+    (entry,) = driver.pull(impatient(), say=said.append)
+    assert entry.state == "failed" and words in entry.steps[-1].note, entry.steps[-1].note
+    assert words in said[0]
+    assert not driver.result_folder(entry).exists()
+    assert (driver.failed_folder(entry, 1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
+
+
+def test_files_of_another_session_are_not_taken_for_the_runs(here, server):
+    """The outcome is this run's; one file beside it is not."""
+    run = push_one(here, server)
+    tokens = server.latest(run).working / "base.tokens.parquet"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    assert "SHA-256 differs" in driver.pull(impatient())[0].steps[-1].note
+
+
+@pytest.mark.parametrize("status", [404, 200])
+@pytest.mark.parametrize("name", ["eaft_run.json", "base.json", "base.tokens.parquet"])
+def test_a_404_page_is_not_a_result(here, server, name, status):
+    """With the status of one or, as proxies do, with another."""
+    push_one(here, server)
+    server.missing_files[name] = status
+    (entry,) = driver.pull(impatient())
+    words = {404: f"{name}: Kaggle answered 404: 404 We can't find that page.", 200: name}
+    assert entry.state == "failed" and words[status] in entry.steps[-1].note
+    folder = driver.failed_folder(entry, 1)
+    kept = [f.name for f in folder.iterdir() if NOT_FOUND_PAGE in f.read_bytes()]
+    assert kept == ([name] if status == 200 else []) and (folder / "session.log").is_file()
+
+
+def test_a_session_without_any_output_keeps_its_log_and_shows_the_last_traceback(here, server):
+    lines = [
+        "Traceback (most recent call last)\n  one\nKeyError: 'first'\n",
+        "Traceback (most recent call last):\n",
+        "  two\n",
+    ]
+    lines.append("MemoryError: \x1b[31mof the image\x1b[0m\n")
+
+    def dies(version):
+        version.log = json.dumps([{"stream_name": "stderr", "time": 1, "data": line} for line in lines])
+        return "ERROR"
+
+    server.session = dies
+    push_one(here, server)
+    said = []
+    (entry,) = driver.pull(impatient(), say=said.append)
+    assert "eaft_run.json does not exist" in entry.steps[-1].note and entry.steps[-1].note.startswith("ERROR")
+    assert said[1].split() == "Traceback (most recent call last): two MemoryError: of the image".split()
+
+
+def test_a_cancelled_session_is_a_failure(here, server):
+    server.session = lambda version: "CANCEL_ACKNOWLEDGED"
+    push_one(here, server)
+    assert driver.pull(impatient())[0].steps[-1].note.startswith("CANCEL_ACKNOWLEDGED")
+
+
+def test_stale_running_is_waited_for(here, server):
+    run = push_one(here, server)
+    server.latest(run).stale = 2
+    seen = [driver.pull(impatient())[0].state for _ in range(3)]
+    assert seen == ["running", "running", "verified"]
+
+
+def backdate(run, **age):
+    """As if every step had been taken that long ago."""
+    entry = ledger.find(run)
+    at = (datetime.now(UTC) - timedelta(**age)).isoformat()
+    ledger.save(entry.model_copy(update={"steps": [step.model_copy(update={"at": at}) for step in entry.steps]}))
+
+
+def test_running_long_after_the_sessions_limit_is_not_believed(here, server):
+    run = push_one(here, server)
+    server.latest(run).stale = 99
+    assert driver.pull(impatient())[0].state == "running"
+    backdate(run, hours=11)
+    assert driver.pull(impatient())[0].state == "running"
+    backdate(run, hours=12)
+    assert driver.pull(impatient())[0].state == "verified"  # the output was there all along
+
+
+def test_a_kernel_that_is_gone_is_a_failure_but_not_at_once(here, server):
+    run = push_one(here, server)
+    del server.kernels[run]
+    assert driver.pull(impatient())[0].state == "submitted"
+    backdate(run, minutes=16)
+    assert driver.pull(impatient())[0].steps[-1].note == "the service has no such kernel"
+
+
+def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, play):
+    """Right after a second push the service still shows the first version, complete with its output."""
+    server.session = lambda version: play(
+        version, status="ERROR", change=lambda f, c: c.update(status="failed", error="E: x")
+    )
+    run = push_one(here, server)
+    assert driver.pull(impatient())[0].state == "failed"
+    server.session = play
+    push(here, "eval", resume=True)
+    server.wait(run)
+    newest = server.kernels[run].pop()
+    assert driver.pull(impatient())[0].state == "submitted"
+    server.kernels[run].append(newest)
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "verified" and entry.attempt == 2 and entry.version == 2
+
+
+HOSTILE = [
+    "../escaped", "../../escaped", "/tmp/escaped-absolute", "a/../../escaped", "..\\escaped", "C:\\escaped", "C:escaped",
+    "a//../escaped", ".", "..", "", "a/./b", "nul\0byte", "n" * 300, "good/../../../../escaped",
+]  # fmt: skip
+
+
+def test_output_names_cannot_leave_the_runs_folder(here, server, tmp_path):
+    push_one(here, server)
+    server.extra_files = dict.fromkeys(HOSTILE, b"hostile")
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "failed" and "would leave the run's folder" in entry.steps[-1].note
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.read_bytes() == b"hostile"]
+    assert kept == [] and not Path("/tmp/escaped-absolute").exists()
+
+
+def test_more_files_than_a_page_come_back(here, server):
+    push_one(here, server)
+    server.extra_files = {f"plots/{i:02}.png": b"%d" % i for i in range(60)}
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "verified"
+    assert all((driver.result_folder(entry) / name).read_bytes() == c for name, c in server.extra_files.items())
+    assert server.calls.count("ListKernelSessionOutput") == 4
+
+
+def test_pages_without_end_are_refused(here, server, monkeypatch):
+    push_one(here, server)
+    server.extra_files = {f"{i}": b"" for i in range(5000)}
+    with pytest.raises(KaggleError, match="more than"):
+        driver.pull(impatient())
+
+
+def test_a_data_set_that_came_without_a_file_is_not_used(here, server, monkeypatch):
+    create = server.CreateDataset
+    monkeypatch.setattr(server, "CreateDataset", lambda r: create(r | {"files": r["files"][1:]}))
+    with pytest.raises(KaggleError, match=r"came to Kaggle without \['tiny__"):
+        push(here, "eval")
+    assert not server.kernels
+
+
+def test_an_unknown_run_is_named(here, server):
+    run = push_one(here, server)
+    with pytest.raises(KaggleError, match=f"no run 'eaft-x' in kaggle_runs; it has \\['{run}'"):
+        driver.pull(impatient(), ["eaft-x"])
+
+
+def test_a_damaged_ledger_is_named(here, server):
+    run = push_one(here, server)
+    (here / "kaggle_runs" / run / "run.json").write_text('{"run": 3}')
+    with pytest.raises(KaggleError, match=r"run\.json is no ledger of a run"):
+        driver.pull(impatient())
+
+
+def test_nothing_is_pushed_when_one_file_of_a_batch_is_wrong(here, server):
+    with pytest.raises(ParameterError, match="num_blocks"):
+        driver.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
+    assert not server.calls.count("SaveKernel")
+
+
+def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
+    environment = session_environment(tmp_path) | server.environment(tmp_path)
+    assert_loopback(environment)
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        del environment[name]
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-m", "eaftlib", "kaggle", "status"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "no Kaggle credentials: run `kaggle auth login`" in done.stderr
