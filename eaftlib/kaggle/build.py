@@ -260,7 +260,9 @@ def _carried(parameters: dict[str, Any], settings: Settings) -> list[Carried]:
             continue  # mounted, or fetched from the hub
         _require_inside(name, name)
         if is_ranking and not path.exists():
-            raise ParameterError(f"ranking: {name} does not exist; run 01_rank first")
+            raise ParameterError(
+                f"ranking: {name} does not exist; run 01_rank first, or copy a ranking there that came from Kaggle"
+            )
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         if is_ranking and path.is_file() and path.with_name("saliency.parquet").is_file():
             files.append(path.with_name("saliency.parquet"))  # for core_top_m and keep_super

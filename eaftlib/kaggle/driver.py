@@ -77,21 +77,27 @@ def follow(service: Service, runs: Sequence[str] = ()) -> list[Entry]:
 
 
 def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[Entry]:
-    """Bring back the output of every run that has ended, check it, and say what came.
+    """Bring back the output of every run that has ended (of ``runs``, or of all not yet settled), check it, say what came.
 
     A run whose results are complete and its own becomes ``verified``, and they are in ``result/``. Any other becomes
     ``failed``; what came lies in ``failed-<attempt>/`` with the log.
     """
     pulled = []
     for chosen in _chosen(runs):
+        if not runs and chosen.state in ("verified", "failed"):
+            continue
         with ledger.locked():
             entry = _refresh(service, ledger.find(chosen.run))
-            if entry.state == "ended":
-                entry = _fetch(service, entry)
+        if entry.state == "ended":  # only a pull takes a run out of this state, so a download need not hold up the rest
+            with ledger.locked(entry.run):
+                entry = ledger.find(entry.run)
+                entry = _fetch(service, entry) if entry.state == "ended" else entry
         pulled.append(entry)
         say(describe(entry))
         if entry.state == "failed" and (trace := _last_traceback(entry)):
             say("    " + trace.replace("\n", "\n    "))
+    if not pulled:
+        say(f"nothing to pull: {_counts() or 'no runs'}")
     return pulled
 
 

@@ -90,13 +90,12 @@ def entries() -> list[Entry]:
 
 
 @contextmanager
-def locked(seconds: float = 600):
-    """One process at a time; the lock goes with its process, however that ends."""
-    ROOT.mkdir(exist_ok=True)
+def locked(run: str = "", seconds: float = 600):
+    """One process at a time, for all runs or for the download of one; the lock goes with its process, however that ends."""
+    file = ROOT / run / ".lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(ROOT / ".lock", timeout=seconds):
+        with FileLock(file, timeout=seconds):
             yield
     except Timeout:
-        raise KaggleError(
-            f"another process has held {ROOT}/.lock for {seconds:.0f} s; let it end, then repeat"
-        ) from None
+        raise KaggleError(f"another process has held {file} for {seconds:.0f} s; let it end, then repeat") from None

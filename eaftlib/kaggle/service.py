@@ -1,6 +1,7 @@
 """Kaggle as one account sees it: the few calls that a run needs, each with a time-out, retries, and readable errors."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -17,7 +18,7 @@ import tenacity
 from ..errors import KaggleError
 
 CALL_SECONDS = 60
-UPLOAD_SECONDS = 3600
+TRANSFER_SECONDS = 3600  # of one file's download, or of a data set's upload
 ATTEMPTS = 8
 MAX_FILES = 500  # a run leaves a handful
 _LIMIT = re.compile(r"quota|session count|session limit|concurrent|maximum.*sessions", re.IGNORECASE)
@@ -113,7 +114,8 @@ class Service:
                     refused.append(f"{(file.file_name or '')[:200]!r}: the name would leave the run's folder")
                     continue
                 try:
-                    self._call(f"download {target.name}", lambda file=file, target=target: _download(file.url, target))
+                    fetch = functools.partial(_download, file.url, target)
+                    self._call(f"download {target.name}", fetch, seconds=TRANSFER_SECONDS)
                 except Refused as refusal:
                     refused.append(f"{target.name}: {refusal}")
         return self._clean(log), refused
@@ -140,8 +142,8 @@ class Service:
         names: set[str] = set()
         token = None
         while True:
-            ref, page = f"{self.owner}/{slug}", {"page_token": token, "page_size": 200}
-            answer = self._call("data set", lambda ref=ref, page=page: self._api.dataset_list_files(ref, **page))
+            page = functools.partial(self._api.dataset_list_files, f"{self.owner}/{slug}", token, 200)
+            answer = self._call("data set", page)
             found = {file.name for file in answer.files or []}
             if not found - names:  # the last page, or one that says nothing new
                 return names
@@ -153,7 +155,7 @@ class Service:
     def create_dataset(self, folder: Path) -> None:
         """Upload a folder as a private data set. The client goes on without a file that it could not upload."""
         answer = self._call(
-            "upload", lambda: self._api.dataset_create_new(str(folder), quiet=True), seconds=UPLOAD_SECONDS, tries=3
+            "upload", lambda: self._api.dataset_create_new(str(folder), quiet=True), seconds=TRANSFER_SECONDS, tries=3
         )
         if answer.error and "already in use" not in answer.error:
             raise Refused(200, self._clean(answer.error))

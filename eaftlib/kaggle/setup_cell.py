@@ -103,7 +103,7 @@ class Session:
             raise TimeoutError(f"the notebook's own deadline of {seconds} s is over; push again to resume")
 
         signal.signal(signal.SIGALRM, stop)
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _take_token(self) -> None:
         """HF_TOKEN from the secrets of Kaggle or Colab; public repositories need none."""

@@ -1,0 +1,407 @@
+"""The push folder, the set-up cell, and what is read back from an executed notebook."""
+
+import base64
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from kaggle_server import HF_TOKEN, TINY, run_of, write_params
+
+from eaftlib import project as code
+from eaftlib.errors import KaggleError, ParameterError, ResultError
+from eaftlib.kaggle import build, driver, ledger, outcome, setup_cell
+from eaftlib.kaggle.service import Service
+
+ROOT = Path(__file__).parents[1]
+
+
+def build_run(name="eval", folder="built", attempt=1, **changes):
+    """Build in the working directory; returns the plan."""
+    settings = build.read_settings()
+    plan = build.plan(Path(write_params(Path.cwd(), name, **changes)), settings)
+    build.build(plan, settings, Path(folder), "tester", attempt=attempt)
+    return plan
+
+
+def cells_of(folder="built"):
+    return nbformat.read(Path(folder) / "notebook.ipynb", 4).cells
+
+
+def embedded_wheel(cells):
+    """The bytes in the wheel cell, read without executing it."""
+    cell = next(c.source for c in cells if c.source.startswith("# eaftlib itself"))
+    return base64.b85decode("".join(re.findall(r'^    "(.*)"$', cell, re.MULTILINE)))
+
+
+def test_the_push_folder(here):
+    plan = build_run()
+    metadata = json.loads(Path("built/kernel-metadata.json").read_text())
+    files = json.loads(Path("built/files/dataset-metadata.json").read_text())
+    assert metadata == {
+        "id": f"tester/{plan.run}", "title": plan.run, "code_file": "notebook.ipynb", "language": "python",
+        "kernel_type": "notebook", "is_private": True, "enable_gpu": True, "enable_internet": True,
+        "machine_shape": "NvidiaTeslaT4", "dataset_sources": [files["id"]], "model_sources": [], "kernel_sources": [],
+        "competition_sources": [],
+    }  # fmt: skip
+    assert re.fullmatch(r"eaft-tiny-eval-[0-9a-f]{8}", plan.run)
+    stored = {f.name: f.read_bytes() for f in Path("built/files").iterdir() if f.name != "dataset-metadata.json"}
+    given = {f.relative_to(here).as_posix(): f for part in ("model", "packs") for f in (here / "tiny" / part).iterdir()}
+    assert stored == {name.replace("/", "__"): f.read_bytes() for name, f in given.items()}
+
+
+def test_the_notebook_is_valid_and_of_the_kernel_that_kaggle_has(here):
+    plan = build_run(only=["UNION"])
+    notebook = nbformat.read("built/notebook.ipynb", 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    injected = next(c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", []))
+    values: dict = {}
+    exec(injected.source, values)
+    assert {name: values[name] for name in plan.parameters} == plan.parameters and values["only"] == ["UNION"]
+    titles = [c.source.splitlines()[0] for c in notebook.cells if c.cell_type == "markdown"]
+    assert titles[:2] == [f"# {plan.run}", "# 3 · What did that cost?"] and titles[-1] == "## The result"
+
+
+def test_the_same_run_is_the_same_bytes(here, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    build_run(folder="a"), build_run(folder="b")
+    assert (here / "a" / "notebook.ipynb").read_bytes() == (here / "b" / "notebook.ipynb").read_bytes()
+
+
+def test_the_embedded_wheel_is_the_library(here, tmp_path):
+    build_run()
+    wheel = tmp_path / "eaftlib-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(embedded_wheel(cells_of()))
+    run = next(c.source for c in cells_of() if c.source.startswith("RUN = "))
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in run and code.code_sha256() in run
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {n: archive.read(n) for n in archive.namelist() if n.startswith("eaftlib/")}
+    sources = [f for f in (ROOT / "eaftlib").rglob("*") if f.suffix in (".py", ".jinja")]
+    assert packed == {f.relative_to(ROOT).as_posix(): f.read_bytes() for f in sources}
+    target = ["--target", tmp_path / "lib"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", *target, wheel], check=True
+    )
+    ask = "import eaftlib.project as p; print(p.__file__, p.code_sha256())"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "lib" / "eaftlib" / "project.py"), code.code_sha256()]
+
+
+def test_the_notebook_of_the_real_regime_is_far_from_the_limit(here):
+    (here / "params" / "gpt-oss-20b").mkdir()
+    text = (ROOT / "params" / "gpt-oss-20b" / "eval-base-1024.yaml").read_text()
+    file = here / "params" / "gpt-oss-20b" / "eval-base-1024.yaml"
+    file.write_text(text)
+    settings = build.read_settings()
+    plan = build.plan(file.relative_to(here), settings)
+    build.build(plan, settings, Path("built"), "tester")
+    assert (here / "built" / "notebook.ipynb").stat().st_size < 400_000
+    metadata = json.loads((here / "built" / "kernel-metadata.json").read_text())
+    assert (
+        metadata["model_sources"] == ["openai/gpt-oss-20b/transformers/default/1"] and metadata["dataset_sources"] == []
+    )
+    assert not (here / "built" / "files").exists()
+
+
+def test_a_notebook_that_kaggle_would_refuse_is_not_built(here, monkeypatch):
+    monkeypatch.setattr(build, "NOTEBOOK_LIMIT", 100_000)
+    with pytest.raises(KaggleError, match=r"the notebook has 1\d\d,\d\d\d bytes; Kaggle takes 100,000"):
+        build_run()
+
+
+def test_a_large_wheel_goes_into_the_data_set(here, monkeypatch, wheel):
+    monkeypatch.setattr(build, "WHEEL_LIMIT", 1000)
+    build_run()
+    assert embedded_wheel(cells_of()) == b""
+    assert (here / "built" / "files" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_rankings_are_carried_once_each_with_their_sums(here):
+    for name in ("ranking.json", "saliency.parquet"):
+        (here / "tiny" / name).write_text(name)
+    keep = {"ranking": "tiny/ranking.json", "criterion": "reap", "keep_n": 4}
+    build_run(keep_set=[{"label": "base"}, {"label": "a"} | keep, {"label": "b"} | keep])
+    stored = sorted(f.name for f in (here / "built" / "files").glob("tiny__*") if "model" not in f.name)
+    assert stored == ["tiny__packs__pack_a.parquet", "tiny__packs__pack_b.parquet", "tiny__packs__pack_c.parquet",
+                      "tiny__ranking.json", "tiny__saliency.parquet"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_block": 3}, "its names .*'num_block'.* fit no notebook"),
+        ({"num_blocks": 0}, "num_blocks"),
+        ({"out_dir": "/tmp/out"}, "out_dir: found '/tmp/out'; a run on Kaggle needs a path below"),
+        ({"out_dir": "../out"}, r"out_dir: found '\.\./out'"),
+        ({"out_dir": "."}, r"out_dir: found '\.'"),
+        ({"model": "/"}, "/: found '/'; a run on Kaggle needs a path below"),
+        ({"keep_set": {"ranking": "no.json", "criterion": "reap", "keep_n": 4}}, "no.json does not exist; run 01_rank"),
+    ],
+)
+def test_what_cannot_run_on_kaggle_is_refused(here, changes, words):
+    with pytest.raises(ParameterError, match=words):
+        build_run(**changes)
+    assert not (here / "built").exists()
+
+
+@pytest.mark.parametrize("name", ["demo/prune", "demo/report"])
+def test_what_needs_no_gpu_is_not_pushed(here, name):
+    with pytest.raises(ParameterError, match="needs no GPU: run it where its files are"):
+        build.plan(ROOT / "params" / f"{name}.yaml", build.read_settings())
+
+
+@pytest.mark.parametrize(
+    "text, words", [("a: [", "is not YAML"), ("- 1", "expected names and values"), (None, "does not exist")]
+)
+def test_a_file_that_is_no_parameters_is_named(here, text, words):
+    file = here / "odd.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ParameterError, match=rf"odd\.yaml:? .*{words}|odd\.yaml: {words}"):
+        build.plan(file, build.read_settings())
+
+
+def test_a_notebook_that_differs_from_its_source_is_not_pushed(here):
+    with (here / "notebooks" / "03_evaluate.py").open("a") as source:
+        source.write("\n# %%\nprint(1)\n")
+    with pytest.raises(ParameterError, match="differs from its source; run make notebooks"):
+        build_run()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"accelerators": "x"}, "unknown parameter 'accelerators'. Did you mean 'accelerator'"),
+        ({"session_hours": 13}, "session_hours"),
+        (
+            {"inputs": {"openai/gpt-oss-20b": "openai/gpt-oss-20b/transformers/default"}},
+            "expected owner/data-set or owner/model",
+        ),
+        ({"internet": "yes"}, "internet"),
+    ],
+)
+def test_settings_are_checked(here, change, words):
+    values = yaml.safe_load((here / "params" / "kaggle.yaml").read_text())
+    (here / "params" / "kaggle.yaml").write_text(yaml.safe_dump(values | change))
+    with pytest.raises(ParameterError, match=words):
+        build.read_settings()
+
+
+# --- the set-up cell, without a notebook around it ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """A session's object as on Kaggle, in a folder of its own; nothing started."""
+    (tmp_path / "input").mkdir()
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    run = {
+        "run": "eaft-x",
+        "attempt": 1,
+        "params_sha256": "p",
+        "code_sha256": "c",
+        "commit": "abc",
+        "out_dir": "outputs/x",
+    }
+    run |= {"internet": False, "deadline_seconds": 0.05, "wheel": {"name": "w.whl", "sha256": "0"}, "requires": []}
+    run |= {"wheel_mounts": ["datasets/o/w"], "mounts": {}, "file_mounts": ["datasets/o/f", "f"], "files": {}}
+    return setup_cell.Session(run)
+
+
+def stored(session, name, content=b"text", layout="datasets/o/f", resume=False):
+    folder = session.inputs / layout
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name.replace("/", "__")).write_bytes(content)
+    digest = hashlib.sha256(b"text").hexdigest()
+    session.run["files"][name] = {"stored_as": name.replace("/", "__"), "sha256": digest, "resume": resume}
+
+
+@pytest.mark.parametrize("layout", ["datasets/o/f", "f"])
+def test_carried_files_lie_where_the_parameters_say_in_both_layouts(session, layout):
+    stored(session, "demo/model/config.json", layout=layout)
+    stored(session, "base.json", layout=layout, resume=True)
+    session._link_paths()
+    assert Path("demo/model/config.json").read_text() == "text"
+    assert (session.work / "base.json").read_text() == "text" and not (session.work / "base.json").is_symlink()
+    Path("outputs/x/new.json").write_text("1")
+    assert (session.work / "new.json").read_text() == "1"
+    assert sorted(p.name for p in session.work.iterdir()) == ["base.json", "new.json"]
+
+
+def test_a_mounted_model_lies_under_its_name(session):
+    (session.inputs / "gpt-oss-20b/transformers/default/1").mkdir(parents=True)
+    session.run["mounts"] = {
+        "openai/gpt-oss-20b": ["models/openai/gpt-oss-20b/transformers/default/1", "gpt-oss-20b/transformers/default/1"]
+    }
+    session._link_paths()
+    assert Path("openai/gpt-oss-20b").resolve() == session.inputs / "gpt-oss-20b/transformers/default/1"
+
+
+def test_a_damaged_or_missing_input_is_named(session):
+    stored(session, "demo/x", b"other")
+    with pytest.raises(ValueError, match="is not the demo/x that this notebook was built with"):
+        session._link_paths()
+    session.run |= {"files": {}, "mounts": {"openai/gpt-oss-20b": ["gone"]}}
+    session.scratch = session.home / "again"
+    session.scratch.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"openai/gpt-oss-20b is not mounted .* and internet is off"):
+        session._link_paths()
+
+
+@pytest.mark.parametrize(
+    "requires, words",
+    [
+        (["transformers>=99"], r"missing or too old: \['transformers>=99'\]. Turn internet on, or put their wheels"),
+        (["no-such-package"], "missing or too old"),
+        (["torch>=99"], "this image is too old"),
+    ],
+)
+def test_an_image_that_is_too_old_says_what_to_do(session, requires, words):
+    session.run["requires"] = requires
+    with pytest.raises(RuntimeError, match=words):
+        session._require_packages()
+
+
+def test_an_image_that_is_new_enough_installs_nothing(session, monkeypatch):
+    session.run["requires"] = build._requirements()
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("something was installed"))
+    session._require_packages()
+    assert {re.split("[<>=]", r)[0] for r in session.run["requires"]} >= {
+        "torch",
+        "transformers",
+        "pydantic",
+        "pyarrow",
+    }
+
+
+@pytest.mark.parametrize("internet", [True, False])
+def test_what_is_missing_comes_from_the_wheels_data_set_or_the_internet(session, monkeypatch, internet):
+    session.run |= {"requires": ["no-such-package"], "internet": internet}
+    if not internet:
+        (session.inputs / "datasets/o/w").mkdir(parents=True)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command[3:]))
+    session._require_packages()
+    source = [] if internet else ["--no-index", "--find-links", str(session.inputs / "datasets/o/w")]
+    assert ran == [["install", "-q", *source, "no-such-package"]]
+
+
+def test_a_damaged_wheel_is_not_installed(session):
+    with pytest.raises(ValueError, match=r"w\.whl is damaged"):
+        session._install(base64.b85encode(b"something else").decode())
+
+
+def test_the_deadline_stops_whatever_runs(session):
+    session._set_deadline()
+    try:
+        with pytest.raises(TimeoutError, match=r"own deadline of 0\.05 s is over; push again to resume"):
+            signal.pause()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_a_token_in_an_error_does_not_reach_the_outcome(session, capsys):
+    session.secrets.append(HF_TOKEN)
+    session.finish("failed", f"Traceback\nHTTPError: 401 for {HF_TOKEN}")
+    assert "401 for ***" in (session.work / "eaft_run.json").read_text()
+    assert HF_TOKEN not in (session.work / "eaft_run.json").read_text() + capsys.readouterr().out
+
+
+def test_a_session_finishes_once(session, capsys):
+    session.finish("failed", "E: first")
+    session.finish("complete")
+    assert json.loads((session.work / "eaft_run.json").read_text())["error"] == "E: first"
+    assert capsys.readouterr().out.count("EAFT-RUN") == 1
+
+
+# --- executed notebooks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def executed(scored, tmp_path):
+    """An executed notebook with the scored result in its marked output, as nbformat writes it."""
+    file = scored / "base.json"
+    text = json.dumps(json.loads(file.read_text()), separators=(",", ":"))
+    marked = {"schema": "eaft-run/1", "run": "eaft-x", "attempt": 1, "params_sha256": "p", "code_sha256": "c"}
+    marked |= {"commit": "abc", "status": "complete", "error": None, "machine": {}, "results": {"base.json": text}}
+    marked["files"] = {"base.json": hashlib.sha256(file.read_bytes()).hexdigest()}
+    output = nbformat.v4.new_output("display_data", data={"application/json": marked})
+    other = nbformat.v4.new_output("display_data", data={"application/json": {"schema": "other"}, "text/plain": "x"})
+    cells = [nbformat.v4.new_code_cell("1", outputs=[other, output]), nbformat.v4.new_markdown_cell("end")]
+    path = tmp_path / "executed.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_an_executed_notebook_gives_the_same_bytes(executed, scored, tmp_path):
+    found, (written,) = outcome.from_notebook(executed, tmp_path / "out")
+    assert written.read_bytes() == (scored / "base.json").read_bytes() and found.status == "complete"
+
+
+def test_the_marked_output_is_compact(executed, scored):
+    assert executed.stat().st_size < 0.35 * (scored / "base.json").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: m.update(schema="x"), "has no output marked 'eaft-run/1'"),
+        (
+            lambda m: m["results"].update({"base.json": m["results"]["base.json"].replace("0", "1", 1)}),
+            "was changed after",
+        ),
+        (lambda m: m["results"].update({"../x.json": "{}"}), "'../x.json' is not a file name"),
+        (lambda m: m["results"].update({"x.sh": "{}"}), "'x.sh' is not a file name"),
+        (lambda m: m.pop("files"), "is no outcome of a session: files"),
+    ],
+)
+def test_a_notebook_without_a_sound_result_says_so(executed, tmp_path, change, words):
+    content = json.loads(executed.read_text())
+    change(content["cells"][0]["outputs"][1]["data"]["application/json"])
+    executed.write_text(json.dumps(content))
+    with pytest.raises(ResultError, match=words):
+        outcome.from_notebook(executed, tmp_path / "out")
+    assert not list(tmp_path.rglob("x.*"))
+
+
+def test_a_ranking_runs_on_an_offline_image_of_the_earlier_layout(here, server, monkeypatch):
+    """Executed: the wheel mounted, internet off; rankings come back checked like results."""
+    monkeypatch.setattr(build, "WHEEL_LIMIT", 1000)
+    server.session, server.old_layout = server.execute, True
+    settings = here / "params" / "kaggle.yaml"
+    settings.write_text(settings.read_text().replace("internet: true", "internet: false"))
+    names = ("model", "packs", "device", "dtype")
+    values = {k: TINY[k] for k in names} | {
+        "seq_len": 40,
+        "num_blocks": 3,
+        "criteria": ["reap", "frequency"],
+        "out_dir": "o/rank",
+    }
+    file = here / "params" / "rank.yaml"
+    file.write_text(yaml.safe_dump(values))
+    service = Service()
+    (entry,) = driver.push([Path("params/rank.yaml")], service)
+    version = server.wait(entry.run)
+    assert version.request.get("enableInternet") is False and run_of(version)["internet"] is False
+    (entry,) = driver.pull(service)
+    assert entry.state == "verified", entry.steps[-1].note + version.log
+    assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
+    ranking = json.loads((driver.result_folder(entry) / "ranking.json").read_text())
+    assert set(ranking["criteria"]) == {"reap", "frequency"}
