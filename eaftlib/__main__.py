@@ -56,7 +56,8 @@ def _from_notebook(options) -> int:
     from .kaggle import outcome
 
     found, written = outcome.from_notebook(options.notebook, options.out_dir or options.notebook.parent)
-    print(f"{found.run}, attempt {found.attempt}: {found.status}", *written, sep="\n  ")
+    why = f": {outcome.last_line(found.error)}" if found.error else ""
+    print(f"{found.run}, attempt {found.attempt}, {found.status}{why}", *written, sep="\n  ")
     return int(found.status != "complete")
 
 

@@ -46,7 +46,7 @@ def push(
         with ledger.locked():
             entry = _enqueue(plan, settings, service.owner, resume)
         runs.append(entry.run)
-        say(f"{entry.run}  {entry.state}  {entry.steps[-1].note or entry.params_file}")
+        say(describe(entry))
         if entry.state == "failed":
             say("    to push it again with what it has: --resume (make kaggle-push ... RESUME=1)")
     shown = ""
@@ -59,6 +59,7 @@ def push(
                 limit = reason
         waiting = [e for e in map(ledger.find, runs) if e.state in ("queued", "pushing")]
         if not waiting:
+            say("all submitted; make kaggle-status follows them, make kaggle-pull brings the results")
             return [ledger.find(run) for run in runs]
         limit = limit or LimitReached(f"all {settings.gpu_sessions} GPU sessions are in use")
         if at_limit == "stop":
@@ -102,11 +103,11 @@ def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[E
 
 
 def describe(entry: Entry) -> str:
-    """One line: the run, its state and since when, and what to know about it."""
+    """One line: the run, its state and for how long, and what to know about it."""
     minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
-    since = f"{minutes // 60}:{minutes % 60:02}"
-    where = {"verified": str(result_folder(entry)), "failed": entry.steps[-1].note}
-    return f"{entry.run}  {entry.state} {since}  {where.get(entry.state) or entry.url or entry.steps[-1].note}"
+    told = {"verified": str(result_folder(entry)), "queued": entry.steps[-1].note or entry.params_file}
+    told = told.get(entry.state, entry.url) if entry.state != "failed" else entry.steps[-1].note
+    return f"{entry.run}  {entry.state} {minutes} min  {told}"
 
 
 def result_folder(entry: Entry) -> Path:
