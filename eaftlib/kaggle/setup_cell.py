@@ -76,7 +76,7 @@ class Session:
         texts = {
             f.name: json.dumps(json.loads(f.read_text()), separators=(",", ":")) for f in found if f.suffix == ".json"
         }
-        display({"application/json": {**self.outcome, "results": texts}}, raw=True, metadata={"application/json": {}})
+        display({"application/json": {**self.outcome, "results": texts}}, raw=True)
         facts = {k: self.outcome[k] for k in ("run", "attempt", "status", "params_sha256", "seconds")}
         print(MARKER, json.dumps(facts), flush=True)
 
@@ -199,7 +199,7 @@ class Session:
         }
         self._write()
         for name, value in self.outcome["machine"].items():
-            print(f"{name:13}{value}")
+            print(f"{name:13}{', '.join(value) or 'none' if name == 'gpus' else value}")
         print(f"{'eaftlib':13}{self.run['wheel']['name']}, commit {self.run['commit']}")
         print(f"{'results in':13}{self.work}")
 
