@@ -124,6 +124,11 @@ def test_a_notebook_that_kaggle_would_refuse_is_not_built(here, monkeypatch):
         build_run()
 
 
+def test_a_run_has_one_name_however_its_file_is_given(here):
+    settings, file = build.read_settings(), Path(write_params(here, "eval"))
+    assert build.plan(file, settings).run == build.plan(file.absolute(), settings).run
+
+
 def test_a_large_wheel_goes_into_the_data_set(here, monkeypatch, wheel):
     monkeypatch.setattr(build, "WHEEL_LIMIT", 1000)
     build_run()
@@ -131,14 +136,16 @@ def test_a_large_wheel_goes_into_the_data_set(here, monkeypatch, wheel):
     assert (here / "built" / "files" / wheel.name).read_bytes() == wheel.read_bytes()
 
 
-def test_rankings_are_carried_once_each_with_their_sums(here):
-    for name in ("ranking.json", "saliency.parquet"):
-        (here / "tiny" / name).write_text(name)
-    keep = {"ranking": "tiny/ranking.json", "criterion": "reap", "keep_n": 4}
+@pytest.mark.parametrize("given", ["tiny/rank", "tiny/rank/ranking.json"])
+def test_rankings_are_carried_once_each_with_their_sums(here, given):
+    (here / "tiny" / "rank").mkdir()
+    for name in ("ranking.json", "saliency.parquet", "trace.safetensors"):
+        (here / "tiny" / "rank" / name).write_text(name)
+    keep = {"ranking": given, "criterion": "reap", "keep_n": 4}
     build_run(keep_set=[{"label": "base"}, {"label": "a"} | keep, {"label": "b"} | keep])
     stored = sorted(f.name for f in (here / "built" / "files").glob("tiny__*") if "model" not in f.name)
     assert stored == ["tiny__packs__pack_a.parquet", "tiny__packs__pack_b.parquet", "tiny__packs__pack_c.parquet",
-                      "tiny__ranking.json", "tiny__saliency.parquet"]  # fmt: skip
+                      "tiny__rank__ranking.json", "tiny__rank__saliency.parquet"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
     server.session = server.execute
     said = command("eaftlib", "kaggle", "push", params, "--resume")
     assert "resumes with base.json, base.tokens.parquet" in said and "version 2" in said
+    assert sorted(len(files) for files in server.datasets.values()) == [2, 13]  # the model was not sent again
     version = server.wait(run)
     assert version.status == "COMPLETE"
     command("eaftlib", "kaggle", "pull")

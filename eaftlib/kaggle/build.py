@@ -108,8 +108,8 @@ class Plan:
     carried: list[Carried]
 
 
-def read_settings(path: Path = SETTINGS_FILE) -> Settings:
-    return Settings.check(_read_yaml(path))
+def read_settings() -> Settings:
+    return Settings.check(_read_yaml(SETTINGS_FILE))
 
 
 def plan(params_file: Path, settings: Settings) -> Plan:
@@ -124,7 +124,8 @@ def plan(params_file: Path, settings: Settings) -> Plan:
     code = project.code_sha256()
     digest = _sha256_of(parameters)
     key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
-    stem = re.sub(r"[^a-z0-9]+", "-", str(params_file.with_suffix("")).removeprefix("params/").lower()).strip("-")
+    stem = os.path.relpath(params_file.with_suffix("")).removeprefix("params/")
+    stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
     run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
     return Plan(run, notebook, str(params_file), parameters, digest, code, project.commit(ROOT), carried)
 
@@ -132,18 +133,21 @@ def plan(params_file: Path, settings: Settings) -> Plan:
 def build(
     what: Plan, settings: Settings, folder: Path, owner: str, *, attempt: int = 1, resume: Sequence[Carried] = ()
 ) -> None:
-    """Write the push folder of a plan: the notebook, kernel-metadata.json, and ``files/`` if it needs a data set.
+    """Write the push folder of a plan: the notebook, kernel-metadata.json, and a folder for each data set it needs.
 
-    resume: partial results of an earlier attempt. Raises KaggleError when the notebook is too large to push.
+    resume: partial results of an earlier attempt; a data set of their own, so that the others are not sent again.
+    Raises KaggleError when the notebook is too large to push.
     """
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
         wheel = make_wheel(Path(temporary))
-        carried = [*what.carried, *resume]
+        carried = list(what.carried)
         embedded = wheel.stat().st_size <= WHEEL_LIMIT
         if not embedded:
             carried.append(Carried(wheel.name, wheel, sha256(wheel)))
-        stored = _store(folder / "files", carried, owner)
+        stored = [_store(folder / "files", carried, owner)] if carried else []
+        stored += [_store(folder / "resume", resume, owner)] if resume else []
+        carried += resume
         text = base64.b85encode(wheel.read_bytes()).decode() if embedded else ""
         facts = {"name": wheel.name, "sha256": sha256(wheel)}
     mapped = {name: settings.inputs[name] for name in _named_paths(what.parameters) if name in settings.inputs}
@@ -160,7 +164,7 @@ def build(
         "requires": _requirements(),
         "wheel_mounts": _mounts(settings.wheels) if settings.wheels else [],
         "mounts": {name: _mounts(source) for name, source in mapped.items()},
-        "file_mounts": _mounts(stored) if stored else [],
+        "file_mounts": [mount for source in stored for mount in _mounts(source)],
         "files": {c.name: {"stored_as": c.stored_as, "sha256": c.sha256, "resume": c.resume} for c in carried},
     }
     notebook = nbformat.writes(_notebook(what, run, text))
@@ -171,7 +175,7 @@ def build(
             f"{what.run}: the notebook has {size:,} bytes; Kaggle takes {NOTEBOOK_LIMIT:,}. Shorten its parameters."
         )
     (folder / NOTEBOOK_FILE).write_text(notebook)
-    sources = [s for s in (*mapped.values(), settings.wheels, stored) if s]
+    sources = [s for s in (*mapped.values(), settings.wheels, *stored) if s]
     write_json(folder / METADATA_FILE, _metadata(what.run, owner, sources, settings))
 
 
@@ -263,9 +267,11 @@ def _carried(parameters: dict[str, Any], settings: Settings) -> list[Carried]:
             raise ParameterError(
                 f"ranking: {name} does not exist; run 01_rank first, or copy a ranking there that came from Kaggle"
             )
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        if is_ranking and path.is_file() and path.with_name("saliency.parquet").is_file():
-            files.append(path.with_name("saliency.parquet"))  # for core_top_m and keep_super
+        if is_ranking:  # not the trace beside it, which is large
+            file = path / "ranking.json" if path.is_dir() else path
+            files = [f for f in (file, file.with_name("saliency.parquet")) if f.is_file()]
+        else:
+            files = sorted(f for f in path.rglob("*") if f.is_file())
         carried += [Carried(f.as_posix(), f, sha256(f)) for f in files if not f.name.startswith(".")]
     return carried
 
@@ -275,10 +281,8 @@ def _require_inside(name: str, path: str) -> None:
         raise ParameterError(f"{name}: found {path!r}; a run on Kaggle needs a path below the repository's root")
 
 
-def _store(folder: Path, carried: list[Carried], owner: str) -> str | None:
+def _store(folder: Path, carried: Sequence[Carried], owner: str) -> str:
     """Put carried files into one flat folder, to become a data set named after its content; returns owner/name."""
-    if not carried:
-        return None
     folder.mkdir()
     for c in carried:
         shutil.copy(c.path, folder / c.stored_as)

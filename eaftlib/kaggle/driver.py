@@ -180,7 +180,8 @@ def _submit(service: Service, entry: Entry, say: Say) -> None:
         )
     else:
         try:
-            _ensure_dataset(service, push_folder(entry) / "files")
+            for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
+                _ensure_dataset(service, metadata.parent)
             pushed = service.push(push_folder(entry), entry.session_seconds)
         except LimitReached as limit:
             entry.enter("queued", str(limit))
@@ -195,8 +196,6 @@ def _submit(service: Service, entry: Entry, say: Say) -> None:
 
 def _ensure_dataset(service: Service, folder: Path) -> None:
     """The data set is named after its content, so one that is there is the right one."""
-    if not folder.is_dir():
-        return
     slug = json.loads((folder / "dataset-metadata.json").read_text())["id"].split("/")[1]
     if service.dataset_status(slug) is None:
         service.create_dataset(folder)
