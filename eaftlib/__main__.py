@@ -76,8 +76,8 @@ def _kaggle_push(options) -> int:
     from .kaggle import driver
     from .kaggle.service import Service
 
-    driver.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
-    return 0
+    pushed = driver.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
+    return int(any(entry.state == "failed" for entry in pushed))
 
 
 def _kaggle_status(options) -> int:

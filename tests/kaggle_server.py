@@ -130,7 +130,7 @@ class KaggleServer:
         self.most_sessions = max(self.most_sessions, len(self.active()))
         threading.Thread(target=self._run, args=(version,), daemon=True).start()
         answer = {"ref": f"/code/{OWNER}/{slug}", "url": f"https://www.kaggle.com/code/{OWNER}/{slug}"}
-        return answer | {"versionNumber": number, "kernelId": 7, "invalidDatasetSources": self.invalid_sources}
+        return answer | {"versionNumber": number, "kernelId": 7, "invalidDatasetSources": list(self.invalid_sources)}
 
     def GetKernelSessionStatus(self, r):
         version = self._kernel(r)[-1]

@@ -89,31 +89,43 @@ def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
     assert [e.state for e in driver.pull(impatient())] == ["verified"]
 
 
-@pytest.mark.parametrize(
-    "status, words", [(400, "Kaggle answered 400: injected"), (404, "answered 404"), (401, "answered 401")]
-)
-def test_a_refusal_gives_the_reason_inside_its_body_and_leaves_the_run_queued(here, server, status, words):
-    server.inject("SaveKernel", status)
-    with pytest.raises(KaggleError, match=words) as raised:
+def test_credentials_that_are_not_accepted_leave_the_run_queued(here, server):
+    server.inject("SaveKernel", 401)
+    with pytest.raises(KaggleError, match="Kaggle answered 401: injected") as raised:
         push(here, "eval")
-    assert KEY not in str(raised.value)
     (entry,) = ledger.entries()
-    assert entry.state == "queued" and KEY not in (here / "kaggle_runs" / entry.run / "run.json").read_text()
+    assert (
+        entry.state == "queued" and KEY not in str(raised.value) + (ledger.folder(entry.run) / "run.json").read_text()
+    )
     assert push(here, "eval")[0].state == "submitted"
 
 
-def test_a_refusal_in_http_200_is_a_failure(here, server):
-    server.refusals.append("Your account must be phone verified to use a GPU")
-    with pytest.raises(KaggleError, match="phone verified"):
-        push(here, "eval")
-    assert ledger.entries()[0].state == "failed" and not server.kernels
+REFUSALS = {
+    "400": "Kaggle answered 400: injected, with your key ***",
+    "404": "Kaggle answered 404: injected, with your key ***",
+    "phone": "Kaggle answered 200: Your account must be phone verified to use a GPU",
+    "source": "no such sources, or no access to them: someone/packs. Correct params/kaggle.yaml.",
+}
 
 
-def test_sources_that_the_service_does_not_know_are_a_failure(here, server):
-    server.invalid_sources.append("someone/packs")
-    with pytest.raises(KaggleError, match=r"no such sources, or no access to them: someone/packs"):
-        push(here, "eval")
-    assert ledger.entries()[0].state == "failed"
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refused_run_fails_with_the_reason_and_the_others_go_on(here, server, kind):
+    if kind.isdigit():
+        server.inject("SaveKernel", int(kind))
+    elif kind == "phone":
+        server.refusals.append("Your account must be phone verified to use a GPU")
+    else:
+        server.invalid_sources.append("someone/packs")
+        server.on_call = lambda method, phase: (
+            (method, phase) == ("SaveKernel", "after") and server.invalid_sources.clear()
+        )
+    said = []
+    entries = push(here, "eval-a", "eval-b", say=said.append)
+    assert [entry.state for entry in entries] == ["failed", "submitted"]
+    assert entries[0].steps[-1].note.endswith(REFUSALS[kind]) and any(REFUSALS[kind] in line for line in said)
+    assert not any(KEY in line for line in said)
+    again = push(here, "eval-a", resume=True)
+    assert again[0].state == "submitted" and again[0].attempt == 2
 
 
 LIMITS = ["Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU quota of 30.00 hours has been reached."]
@@ -377,7 +389,7 @@ def test_a_data_set_that_came_without_a_file_is_not_used(here, server, monkeypat
     monkeypatch.setattr(server, "CreateDataset", lambda r: create(r | {"files": r["files"][1:]}))
     with pytest.raises(KaggleError, match=r"came to Kaggle without \['tiny__"):
         push(here, "eval")
-    assert not server.kernels
+    assert not server.kernels and ledger.entries()[0].state == "queued"
 
 
 def test_an_unknown_run_is_named(here, server):

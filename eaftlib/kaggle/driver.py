@@ -35,7 +35,8 @@ def push(
     """Queue a run for each file, and submit all, no more at a time than the account may have.
 
     A run that was submitted before is left alone; with ``resume`` one that failed is pushed again with the results it
-    has. at_limit ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
+    has. A run that the service refuses becomes ``failed``, and the others go on. at_limit ``stop``: raise LimitReached
+    instead of waiting for a session or for quota. Raises KaggleError.
     """
     from . import build
 
@@ -59,7 +60,7 @@ def push(
                 limit = reason
         waiting = [e for e in map(ledger.find, runs) if e.state in ("queued", "pushing")]
         if not waiting:
-            say("all submitted; make kaggle-status follows them, make kaggle-pull brings the results")
+            say("nothing left to submit; make kaggle-status follows the runs, make kaggle-pull brings their results")
             return [ledger.find(run) for run in runs]
         limit = limit or LimitReached(f"all {settings.gpu_sessions} GPU sessions are in use")
         if at_limit == "stop":
@@ -105,9 +106,9 @@ def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[E
 def describe(entry: Entry) -> str:
     """One line: the run, its state and for how long, and what to know about it."""
     minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
-    told = {"verified": str(result_folder(entry)), "queued": entry.steps[-1].note or entry.params_file}
-    told = told.get(entry.state, entry.url) if entry.state != "failed" else entry.steps[-1].note
-    return f"{entry.run}  {entry.state} {minutes} min  {told}"
+    note = entry.steps[-1].note
+    told = {"queued": note or entry.params_file, "verified": str(result_folder(entry)), "failed": note}
+    return f"{entry.run}  {entry.state} {minutes} min  {told.get(entry.state, entry.url)}"
 
 
 def result_folder(entry: Entry) -> Path:
@@ -172,24 +173,25 @@ def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Sa
 def _submit(service: Service, entry: Entry, say: Say) -> None:
     """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made (again)."""
     if entry.state == "queued":
+        for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
+            _ensure_dataset(service, metadata.parent)
         entry = entry.enter("pushing")
     there = service.source(entry.run)
     if there and f"'attempt': {entry.attempt}," in there[0]:
-        entry = entry.enter(
-            "submitted", "was already there", version=there[1], url=f"https://www.kaggle.com/code/{entry.ref}"
-        )
+        url = f"https://www.kaggle.com/code/{entry.ref}"
+        entry = entry.enter("submitted", "was already there", version=there[1], url=url)
     else:
         try:
-            for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
-                _ensure_dataset(service, metadata.parent)
             pushed = service.push(push_folder(entry), entry.session_seconds)
         except LimitReached as limit:
             entry.enter("queued", str(limit))
             raise
         except Refused as refusal:
-            # With HTTP 200 the kernel may have been saved, without what it needs; otherwise nothing has happened.
-            entry.enter("failed" if refusal.status == 200 else "queued", str(refusal))
-            raise KaggleError(f"{entry.run}: {refusal}") from None
+            if refusal.status in (401, 403):  # the account's trouble, not the run's
+                entry.enter("queued", str(refusal))
+                raise
+            say(describe(entry.enter("failed", str(refusal))))
+            return
         entry = entry.enter("submitted", version=pushed.version, url=pushed.url)
     say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
 
