@@ -167,6 +167,9 @@ class KaggleServer:
         quota = {"timeUsed": f"{(30 - self.quota_hours) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
         return {"gpuQuota": quota, "quotaRefreshTime": "2026-12-01T00:00:00Z"}
 
+    def IntrospectToken(self, r):
+        return {"active": r["token"] == KEY, "username": OWNER}
+
     def GetDatasetStatus(self, r):
         if f"{r['ownerSlug']}/{r['datasetSlug']}" not in self.datasets:
             raise Refusal(403, "Permission 'datasets.get' was denied")
@@ -329,8 +332,8 @@ class Handler(BaseHTTPRequestHandler):
         return content
 
     def authorised(self):
-        expected = "Basic " + base64.b64encode(f"{OWNER}:{KEY}".encode()).decode()
-        return self.headers.get("Authorization") == expected
+        basic = "Basic " + base64.b64encode(f"{OWNER}:{KEY}".encode()).decode()
+        return self.headers.get("Authorization") in (basic, f"Bearer {KEY}") or self.path.endswith("IntrospectToken")
 
     def fail(self, status, message):
         """Real refusals hide their reason two levels deep."""
@@ -373,14 +376,14 @@ def run_of(version):
 
 
 def assert_loopback(environment):
-    """Ask the client itself, in a process of its own, where it would send its calls."""
+    """Where the client would send its calls, asked in a process of its own that makes none."""
     subprocess.run([sys.executable, "-c", _CHECK_ENDPOINT], env=environment, check=True)
 
 
 _CHECK_ENDPOINT = """
+import os
 import requests
-from kaggle import api
-endpoint = api.build_kaggle_client().http_client()._endpoint
-assert endpoint == "http://localhost", endpoint
+from kagglesdk.kaggle_env import get_endpoint, get_env
+assert os.environ["KAGGLE_API_ENVIRONMENT"] == "LOCALHOST" and get_endpoint(get_env()) == "http://localhost"
 assert requests.utils.get_environ_proxies("http://localhost/")["http"].startswith("http://127.0.0.1:")
 """

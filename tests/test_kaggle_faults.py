@@ -1,6 +1,7 @@
 """The driver against a service that fails in every way on record: one kernel and one result, whatever happens."""
 
 import json
+import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
@@ -406,9 +407,9 @@ def test_a_damaged_ledger_is_named(here, server):
 
 
 def test_nothing_is_pushed_when_one_file_of_a_batch_is_wrong(here, server):
-    with pytest.raises(ParameterError, match="num_blocks"):
+    with pytest.raises(ParameterError, match=r"params/tiny/b\.yaml: num_blocks"):
         driver.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
-    assert not server.calls.count("SaveKernel")
+    assert not server.calls.count("SaveKernel") and not ledger.entries()
 
 
 def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
@@ -416,8 +417,6 @@ def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
     assert_loopback(environment)
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
         del environment[name]
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-m", "eaftlib", "kaggle", "status"],
         env=environment,
@@ -427,3 +426,17 @@ def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
     )
     assert done.returncode == 1 and done.stdout == ""
     assert "no Kaggle credentials: run `kaggle auth login`" in done.stderr
+
+
+def test_an_access_token_signs_in_through_a_burst_of_faults(server, tmp_path):
+    """The client asks the service who the token is; its name is the runs' owner, and it is never said."""
+    environment = session_environment(tmp_path) | server.environment(tmp_path) | {"KAGGLE_API_TOKEN": KEY}
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        del environment[name]
+    assert_loopback(environment)
+    server.inject("IntrospectToken", 503, "drop before")
+    server.inject("GetAcceleratorQuotaStatistics", 400)
+    command = [sys.executable, "-m", "eaftlib", "kaggle", "status"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == "Kaggle answered 400: injected, with your key ***\n" and done.returncode == 1
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

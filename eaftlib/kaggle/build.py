@@ -115,19 +115,10 @@ def read_settings() -> Settings:
 def plan(params_file: Path, settings: Settings) -> Plan:
     """Raises ParameterError when the file fits no notebook that can run on Kaggle, or names a path it cannot carry."""
     values = _read_yaml(params_file)
-    notebook = _notebook_for(params_file, values)
-    if _path(notebook).with_suffix(".py") in notebooks.stale():
-        raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
-    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump()
-    _require_inside("out_dir", parameters["out_dir"])
-    carried = _carried(parameters, settings)
-    code = project.code_sha256()
-    digest = _sha256_of(parameters)
-    key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
-    stem = os.path.relpath(params_file.with_suffix("")).removeprefix("params/")
-    stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
-    run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
-    return Plan(run, notebook, str(params_file), parameters, digest, code, project.commit(ROOT), carried)
+    try:
+        return _plan(params_file, values, settings)
+    except ParameterError as error:
+        raise ParameterError(f"{params_file}: {error}") from None
 
 
 def build(
@@ -205,6 +196,22 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan:
+    notebook = _notebook_for(values)
+    if _path(notebook).with_suffix(".py") in notebooks.stale():
+        raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
+    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump()
+    _require_inside("out_dir", parameters["out_dir"])
+    carried = _carried(parameters, settings)
+    code = project.code_sha256()
+    digest = _sha256_of(parameters)
+    key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
+    stem = os.path.relpath(params_file.with_suffix("")).removeprefix("params/")
+    stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
+    run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
+    return Plan(run, notebook, str(params_file), parameters, digest, code, project.commit(ROOT), carried)
+
+
 def _sha256_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -227,16 +234,16 @@ def _path(notebook: str) -> Path:
     return notebooks.FOLDER / f"{notebook}.ipynb"
 
 
-def _notebook_for(params_file: Path, values: dict[str, Any]) -> str:
+def _notebook_for(values: dict[str, Any]) -> str:
     """The notebook that knows every name in the file."""
     fits = [name for name, kind in (KINDS | NO_GPU).items() if set(values) <= set(kind.model_fields)]
     here = [name for name in fits if name in KINDS]
     if len(here) == 1:
         return here[0]
     if fits and not here:
-        raise ParameterError(f"{params_file} is for {fits[0]}, which needs no GPU: run it where its files are")
+        raise ParameterError(f"it is for {fits[0]}, which needs no GPU: run it where its files are")
     raise ParameterError(
-        f"{params_file}: its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(KINDS)}"
+        f"its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(KINDS)}"
     )
 
 

@@ -41,9 +41,11 @@ def push(
     from . import build
 
     settings = build.read_settings()
+    plans = [
+        build.plan(Path(file), settings) for file in params_files
+    ]  # a mistake in one is found before any is queued
     runs = []
-    for file in params_files:  # all of them, before anything is pushed
-        plan = build.plan(Path(file), settings)
+    for plan in plans:
         with ledger.locked():
             entry = _enqueue(plan, settings, service.owner, resume)
         runs.append(entry.run)
@@ -295,14 +297,11 @@ def readable_log(log: str) -> str:
 def _last_traceback(entry: Entry) -> str:
     """From the outcome, or else from the log; at most its last 30 lines."""
     folder = failed_folder(entry, entry.attempt)
-    text = ""
-    if (folder / outcome.OUTCOME).is_file():
-        try:
-            text = outcome.read(folder).error or ""
-        except ResultError:  # already the run's note
-            text = ""
+    try:
+        text = outcome.read(folder).error or ""
+    except ResultError:  # there is none, which is already the run's note
+        text = ""
     if not text and (folder / "session.log").is_file():
-        log = (folder / "session.log").read_text()
-        start = log.rfind("Traceback (most recent call last)")
-        text = log[log.rfind("\n", 0, start) + 1 :] if start >= 0 else ""
-    return "\n".join(text.strip().splitlines()[-30:])
+        text = (folder / "session.log").read_text()
+    start = text.rfind("Traceback (most recent call last)")
+    return "\n".join(text[start:].strip().splitlines()[-30:]) if start >= 0 else ""
