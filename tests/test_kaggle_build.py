@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -331,11 +333,48 @@ def test_a_token_in_an_error_does_not_reach_the_outcome(session, capsys):
     assert HF_TOKEN not in (session.work / "eaft_run.json").read_text() + capsys.readouterr().out
 
 
-def test_a_session_finishes_once(session, capsys):
+def test_a_session_may_fail_and_then_complete_but_not_the_other_way_round(session, capsys):
+    def status():
+        found = json.loads((session.work / "eaft_run.json").read_text())
+        return found["status"], found["error"]
+
     session.finish("failed", "E: first")
+    assert status() == ("failed", "E: first")
     session.finish("complete")
-    assert json.loads((session.work / "eaft_run.json").read_text())["error"] == "E: first"
-    assert capsys.readouterr().out.count("EAFT-RUN") == 1
+    assert status() == ("complete", None)
+    session.finish("failed", "E: a cell that was tried afterwards")
+    assert status() == ("complete", None) and capsys.readouterr().out.count("EAFT-RUN") == 2
+
+
+def secrets_module(names, **attributes):
+    """Modules by these dotted names, the last with the attributes, as sys.modules holds them."""
+    modules = {name: types.ModuleType(name) for name in names}
+    vars(modules[names[-1]]).update(attributes)
+    return modules
+
+
+def missing(*args):
+    raise LookupError(f"no such secret; you are {HF_TOKEN}")
+
+
+@pytest.mark.parametrize("where", ["Kaggle", "Colab"])
+@pytest.mark.parametrize("there", [True, False])
+def test_the_token_comes_from_the_secrets_of_the_place(session, monkeypatch, capsys, where, there):
+    get = (lambda *args: HF_TOKEN if args[-1] == "HF_TOKEN" else None) if there else missing
+    if where == "Kaggle":
+        client = type("UserSecretsClient", (), {"get_secret": get})
+        modules = secrets_module(["kaggle_secrets"], UserSecretsClient=client)
+    else:
+        session.on_kaggle = False
+        modules = secrets_module(["google", "google.colab"], userdata=types.SimpleNamespace(get=get))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    session._take_token()
+    said = capsys.readouterr().out
+    assert os.environ.get("HF_TOKEN") == (HF_TOKEN if there else None) and HF_TOKEN not in said
+    assert said == ("" if there else "no secret HF_TOKEN (LookupError): gated repositories cannot be read\n")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 # --- executed notebooks ---------------------------------------------------------------------------------------------

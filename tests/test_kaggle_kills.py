@@ -20,7 +20,7 @@ forkserver.set_forkserver_preload(["eaftlib.kaggle.build", "eaftlib.kaggle.drive
 FILE_EVENTS = ("os.rename", "os.mkdir", "shutil.rmtree", "os.remove")
 
 
-def drive(folder, environment, wheel, command, fatal, counted):
+def drive(folder, environment, wheel, command, names, fatal, counted):
     """In a child: one command of the driver; it kills itself before file-system change number ``fatal``."""
     os.chdir(folder)
     os.environ.update(environment)
@@ -37,7 +37,7 @@ def drive(folder, environment, wheel, command, fatal, counted):
     sys.addaudithook(audit)
     service = Service(first_wait=0.01, longest_wait=0.02)
     if command == "push":
-        driver.push([Path("params/tiny/eval.yaml")], service, poll_seconds=0.02)
+        driver.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
     else:
         driver.pull(service)
 
@@ -49,9 +49,9 @@ def child(here, server, wheel, tmp_path):
     assert_loopback(environment)
     files_of(here, "eval")
 
-    def start(command, fatal=None):
+    def start(command, fatal=None, names=("eval",)):
         counted = forkserver.Value("i", 0, lock=False)
-        process = forkserver.Process(target=drive, args=(here, environment, wheel, command, fatal, counted))
+        process = forkserver.Process(target=drive, args=(here, environment, wheel, command, names, fatal, counted))
         process.start()
         process.counted = counted
         return process
@@ -141,3 +141,29 @@ def test_killed_around_each_call(here, server, child, command, method, phase):
     for name in ("push", "pull"):
         repeat(name, here, server)
     assert_one_of_each(server)
+
+
+@pytest.mark.parametrize("pushes", [1, 2, 3, 4])
+def test_a_batch_that_is_killed_goes_on(here, server, child, pushes):
+    """Killed right after its n-th push, before the answer is read; another terminal's rerun pushes the rest."""
+    victim, pushed = [], []
+
+    def kill(called, when):
+        if (called, when) == ("SaveKernel", "after"):
+            pushed.append(called)
+            if len(pushed) == pushes:
+                os.kill(victim.pop().pid, signal.SIGKILL)
+
+    server.on_call = kill
+    names = [f"eval-{i}" for i in range(4)]
+    files_of(here, *names)
+    process = child("push", names=names)
+    victim.append(process)
+    assert finish(process) == -signal.SIGKILL
+    assert len(server.kernels) == pushes
+    push(here, *names, say=lambda line: None)
+    for run in server.kernels:
+        server.wait(run)
+    assert [e.state for e in driver.pull(impatient(), say=lambda line: None)] == ["verified"] * 4
+    assert len(server.kernels) == 4 and all(len(versions) == 1 for versions in server.kernels.values())
+    assert server.most_sessions <= 2 and server.calls.count("SaveKernel") == 4

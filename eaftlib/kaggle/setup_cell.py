@@ -64,11 +64,16 @@ class Session:
         self._describe()
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Write the outcome, print the marker line, and put the results into the notebook as one JSON output."""
-        if self.outcome["status"] != "running":
+        """Write the outcome, print the marker line, and put the results into the notebook as one JSON output.
+
+        By hand a cell may fail, be run again, and the last one still be reached; what is complete stays complete.
+        """
+        if self.outcome["status"] == "complete":
             return
+        if self.on_kaggle:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is for what came before
         found = sorted(f for f in self.work.iterdir() if f.suffix in RESULT_TYPES and f.name != OUTCOME)
-        found = [f for f in found if f.is_file() and f.name[0] not in "._"]
+        found = [f for f in found if f.is_file() and not f.name.startswith((".", "__"))]
         self.outcome |= {"status": status, "error": error and self._without_secrets(error)}
         self.outcome |= {"files": {f.name: sha256(f) for f in found}, "seconds": round(time.time() - self.began, 1)}
         self._write()
