@@ -229,7 +229,13 @@ def session(tmp_path, monkeypatch):
         "commit": "abc",
         "out_dir": "outputs/x",
     }
-    run |= {"internet": False, "deadline_seconds": 0.05, "wheel": {"name": "w.whl", "sha256": "0"}, "requires": []}
+    run |= {
+        "internet": False,
+        "deadline_seconds": 0.05,
+        "wheel": {"name": "w.whl", "sha256": "0"},
+        "requires": [],
+        "python": ">=3.11",
+    }
     run |= {"wheel_mounts": ["datasets/o/w"], "mounts": {}, "file_mounts": ["datasets/o/f", "f"], "files": {}}
     return setup_cell.Session(run)
 
@@ -285,6 +291,12 @@ def test_a_damaged_or_missing_input_is_named(session):
 def test_an_image_that_is_too_old_says_what_to_do(session, requires, words):
     session.run["requires"] = requires
     with pytest.raises(RuntimeError, match=words):
+        session._require_packages()
+
+
+def test_an_image_with_an_older_python_says_so(session):
+    session.run["python"] = ">=4"
+    with pytest.raises(RuntimeError, match=r"Python 3\.\d+\.\d+; needed: >=4\. Choose a newer image"):
         session._require_packages()
 
 

@@ -133,7 +133,7 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
     assert set(entries_of(failed / "base.json")) == {("UNION", "24"), ("UNION", "40")}
     assert "Ending Cell" in (failed / "session.log").read_text()
 
-    assert "--resume" in command("eaftlib", "kaggle", "push", params)  # not by itself
+    assert "--resume" in command("eaftlib", "kaggle", "push", params, status=1)  # not by itself
     assert len(server.kernels[run]) == 1
     server.session = server.execute
     said = command("eaftlib", "kaggle", "push", params, "--resume")

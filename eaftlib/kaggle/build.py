@@ -152,6 +152,7 @@ def build(
         "internet": settings.internet,
         "deadline_seconds": session_seconds(settings) - FINISHING_SECONDS,
         "wheel": facts,
+        "python": _project()["requires-python"],
         "requires": _requirements(),
         "wheel_mounts": _mounts(settings.wheels) if settings.wheels else [],
         "mounts": {name: _mounts(source) for name, source in mapped.items()},
@@ -305,11 +306,14 @@ def _mounts(source: str) -> list[str]:
     return [f"{'models' if '/' in without_owner else 'datasets'}/{source}", without_owner]
 
 
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def _requirements() -> list[str]:
-    """What a session needs, from pyproject.toml."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extra = [r for r in declared["optional-dependencies"]["notebooks"] if re.split(r"[<>=]", r)[0] not in _TOOLS]
-    return declared["dependencies"] + extra
+    """Packages that a session needs."""
+    extra = _project()["optional-dependencies"]["notebooks"]
+    return _project()["dependencies"] + [r for r in extra if re.split(r"[<>=]", r)[0] not in _TOOLS]
 
 
 def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> dict[str, Any]:

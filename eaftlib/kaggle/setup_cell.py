@@ -22,6 +22,7 @@ from pathlib import Path
 from IPython import get_ipython
 from IPython.display import display
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 OUTCOME, MARKER, SCHEMA = "eaft_run.json", "EAFT-RUN", "eaft-run/1"
 RESULT_TYPES = (".json", ".parquet", ".safetensors")
@@ -39,15 +40,8 @@ class Session:
         self.inputs = self.home.parent / "input" if self.on_kaggle else None  # /kaggle/input beside /kaggle/working
         self.work = self.home if self.on_kaggle else self.home / run["run"]
         self.scratch = Path(tempfile.mkdtemp(prefix="eaft-"))
-        self.outcome = {k: run[k] for k in ("run", "attempt", "params_sha256", "code_sha256", "commit")}
-        self.outcome = {
-            "schema": SCHEMA,
-            **self.outcome,
-            "status": "running",
-            "error": None,
-            "machine": {},
-            "files": {},
-        }
+        self.outcome = {"schema": SCHEMA, "status": "running", "error": None, "machine": {}, "files": {}}
+        self.outcome |= {k: run[k] for k in ("run", "attempt", "params_sha256", "code_sha256", "commit")}
         self.secrets: list[str] = []
 
     def start(self, wheel: str) -> None:
@@ -161,6 +155,10 @@ class Session:
         return hits[0] if hits else None
 
     def _require_packages(self) -> None:
+        if platform.python_version() not in SpecifierSet(self.run["python"]):
+            raise RuntimeError(
+                f"Python {platform.python_version()}; needed: {self.run['python']}. Choose a newer image."
+            )
         unmet = [r for r in self.run["requires"] if not met(r)]
         if not unmet:
             return
