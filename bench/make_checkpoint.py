@@ -27,7 +27,7 @@ def layer_tensors(c: GptOssConfig, index: int, generator: torch.Generator) -> di
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
     def normal(*shape, std=0.02):
-        return (torch.randn(shape, generator=generator) * std).bfloat16()
+        return (torch.randn(shape, generator=generator, device=generator.device) * std).bfloat16()
 
     tensors = {
         "input_layernorm.weight": torch.ones(h).bfloat16(),
@@ -41,10 +41,10 @@ def layer_tensors(c: GptOssConfig, index: int, generator: torch.Generator) -> di
     for name, rows, columns in (("gate_up_proj", 2 * inter, h), ("down_proj", h, inter)):
         groups = columns // 32
         tensors[f"mlp.experts.{name}_blocks"] = torch.randint(
-            256, (e, rows, groups, 16), generator=generator, dtype=torch.uint8
+            256, (e, rows, groups, 16), generator=generator, device=generator.device, dtype=torch.uint8
         )
         tensors[f"mlp.experts.{name}_scales"] = torch.randint(
-            118, 121, (e, rows, groups), generator=generator, dtype=torch.uint8
+            118, 121, (e, rows, groups), generator=generator, device=generator.device, dtype=torch.uint8
         )
         tensors[f"mlp.experts.{name}_bias"] = normal(e, rows)
     return {f"model.layers.{index}.{name}": t for name, t in tensors.items()}
@@ -60,10 +60,10 @@ def main() -> None:
     config.num_hidden_layers = args.layers or config.num_hidden_layers
     config.layer_types = config.layer_types[: config.num_hidden_layers]
     args.out.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     vocabulary = (config.vocab_size, config.hidden_size)
     ends = {
-        name: (torch.randn(vocabulary, generator=generator) * 0.02).bfloat16()
+        name: (torch.randn(vocabulary, generator=generator, device=generator.device) * 0.02).bfloat16()
         for name in ("model.embed_tokens", "lm_head")
     }
     parts = [

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM
 
-from eaftlib import forward, project, slicing
+from eaftlib import devices, forward, project, slicing
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.keepsets import KeepSet
 from eaftlib.packs import UNION, Blocks, PackSource, pack_blocks
+from eaftlib.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 REPEATS = 5
@@ -48,7 +49,7 @@ def plain_loop(model, blocks: Blocks) -> torch.Tensor:
 
 def compare_evaluation(device: str) -> list[dict]:
     checkpoint = Checkpoint(str(ROOT / "demo/model"))
-    placement = forward.place(device)
+    placement = devices.place(device)
     source = PackSource(str(ROOT / "demo/packs"))
     model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=placement.dtype).to(placement.device)
     rows = []
@@ -59,7 +60,7 @@ def compare_evaluation(device: str) -> list[dict]:
             "transformers, grouped_mm experts": lambda blocks=blocks: plain_loop(
                 with_experts(model, "grouped_mm"), blocks
             ),
-            "eaftlib": lambda blocks=blocks: forward.score(checkpoint, blocks, placement, progress=False),
+            "eaftlib": lambda blocks=blocks: forward.score(Weights(checkpoint, placement), blocks, progress=False),
         }
         rows += side_by_side(f"evaluate demo model, {seq_len} tokens", runs, blocks.tokens.size, "tokens/s")
     return rows

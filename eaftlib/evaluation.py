@@ -11,18 +11,20 @@ import transformers
 
 from . import __version__, forward, results
 from .checkpoint import Checkpoint
+from .devices import Placement
 from .errors import CheckpointError, ParameterError, ResultError
 from .files import read_json
 from .keepsets import KeepSet
 from .packs import Blocks, PackSource, pack_blocks
 from .slicing import MANIFEST, checkpoint_sizes
 from .statistics import Tokens, aggregate
+from .weights import Weights
 
 
 def evaluate(
     checkpoint: Checkpoint,
     source: PackSource,
-    placement: forward.Placement,
+    placement: Placement,
     keep_sets: Mapping[str, KeepSet | None],
     *,
     seq_lens: Sequence[int],
@@ -54,10 +56,9 @@ def evaluate(
     masks = [keep and keep.mask for keep in keep_sets.values()]
     entries: dict[str, dict] = {label: {} for label in keep_sets}
     tokens: dict[str, dict] = {label: {} for label in keep_sets}
+    weights = Weights(checkpoint, placement)
     for blocks in jobs:
-        run = forward.score(
-            checkpoint, blocks, placement, keep_sets=masks, entropy_topk=entropy_topk, progress=progress
-        )
+        run = forward.score(weights, blocks, keep_sets=masks, entropy_topk=entropy_topk, progress=progress)
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
         key = (blocks.pack, blocks.seq_len)
         for label, variant in zip(keep_sets, run.variants, strict=True):
@@ -104,7 +105,7 @@ def _check_labels(out_dir: Path, metas: dict[str, dict]) -> None:
 def _meta(
     checkpoint: Checkpoint,
     source: PackSource,
-    placement: forward.Placement,
+    placement: Placement,
     label: str,
     keep: KeepSet | None,
 ) -> dict:
@@ -121,7 +122,7 @@ def _meta(
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
         "engine": f"eaftlib {__version__}",
-        "device": str(placement.device),
+        "device": placement.device.type,
         "dtype": str(placement.dtype).removeprefix("torch."),
         "gpu_name": gpu,
         "torch": torch.__version__,

@@ -4,11 +4,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: they then run on the CPU, one program at a time
+
 import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from eaftlib import forward
+from eaftlib import devices
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.packs import PackSource, pack_blocks
 
@@ -50,7 +54,7 @@ def blocks(source, tokenizer):
 
 @pytest.fixture(scope="session")
 def cpu():
-    return forward.Placement(torch.device("cpu"), torch.float32, "tests")
+    return devices.Placement(torch.device("cpu"), torch.float32, "tests")
 
 
 @pytest.fixture(scope="session")

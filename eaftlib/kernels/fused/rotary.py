@@ -1,0 +1,40 @@
+"""Rotary position embedding of queries and keys, in place: each value read and written once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rotate(x, cos, sin, heads, HEADS: tl.constexpr, HALF: tl.constexpr):
+    head = tl.arange(0, HEADS)[:, None]
+    at = x + head * 2 * HALF + tl.arange(0, HALF)[None, :]
+    first = tl.load(at, mask=head < heads).to(tl.float32)
+    second = tl.load(at + HALF, mask=head < heads).to(tl.float32)
+    tl.store(at, (first * cos - second * sin).to(x.dtype.element_ty), mask=head < heads)
+    tl.store(at + HALF, (second * cos + first * sin).to(x.dtype.element_ty), mask=head < heads)
+
+
+@triton.jit
+def _kernel(
+    query, key, cos, sin, length, query_heads, key_heads,
+    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    angle = (token % length) * HALF + tl.arange(0, HALF)[None, :]
+    c = tl.load(cos + angle).to(tl.float32)
+    s = tl.load(sin + angle).to(tl.float32)
+    _rotate(query + token * query_heads * 2 * HALF, c, s, query_heads, QUERY_HEADS, HALF)
+    _rotate(key + token * key_heads * 2 * HALF, c, s, key_heads, KEY_HEADS, HALF)
+
+
+def rotate(query, key, cos, sin):
+    """query [B, S, Hq, D] and key [B, S, Hkv, D], contiguous, are rotated in place by cos and sin [S, D / 2].
+
+    Halves of D belong together: (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). D is a power of two.
+    """
+    batch, length, query_heads, dim = query.shape
+    key_heads = key.shape[2]
+    _kernel[(batch * length,)](
+        query, key, cos, sin, length, query_heads, key_heads,
+        triton.next_power_of_2(query_heads), triton.next_power_of_2(key_heads), dim // 2, num_warps=4,
+    )  # fmt: skip
