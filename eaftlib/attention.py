@@ -39,7 +39,7 @@ class FusedAttention(GptOssAttention):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = position_embeddings
-        rotate(query, key, cos[0], sin[0])
+        query, key = rotate(query, key, cos[0], sin[0])
         output = attention(query, key, value, self.sinks, self.scaling, self.sliding_window or query.shape[1])
         return self.o_proj(output.flatten(2)), None
 

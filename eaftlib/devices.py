@@ -34,7 +34,7 @@ def place(device: str = "auto", dtype: str = "auto", max_gpu_memory: float | Non
         reasons.append("a GPU is present" if device != "cpu" else "no GPU is present")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ParameterError(f"device: found {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    resolved = torch.device(device)
+    resolved = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ParameterError(f"device: {device!r} was asked for, but PyTorch sees no GPU. Use 'auto' or 'cpu'.")
     if dtype == "auto":

@@ -70,7 +70,11 @@ class Weights:
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(read, 0)
             for index in range(self.checkpoint.num_layers):
-                layer = coming.result()
+                try:
+                    layer = coming.result()
+                except torch.OutOfMemoryError:  # no room beside the last layer: read it now that that one is gone
+                    torch.cuda.empty_cache()
+                    layer = read(index)
                 if index + 1 < self.checkpoint.num_layers:
                     coming = reader.submit(read, index + 1)
                 yield layer

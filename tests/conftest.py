@@ -16,6 +16,13 @@ from eaftlib import devices
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.packs import PackSource, pack_blocks
 
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("suite")
 

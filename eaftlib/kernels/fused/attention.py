@@ -38,7 +38,7 @@ def _visit(
 
 
 @triton.jit
-def _kernel(
+def _attention(
     q, k, v, sinks, out, q_batch, q_head, q_step, k_batch, k_head, k_step, v_batch, v_head, v_step,
     length, window, scale, heads, GROUPS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def attention(query, key, value, sinks, scaling, window, *, tile=None):
     )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     strides = [x.stride(i) for x in (query, key, value) for i in (0, 2, 1)]
-    _kernel[(triton.cdiv(length, bm), heads, batch)](
+    _attention[(triton.cdiv(length, bm), heads, batch)](
         query, key, value, sinks, out, *strides, length, window, scaling, heads, heads // key.shape[2], dim, bm, bn,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

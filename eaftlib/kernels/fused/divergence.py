@@ -8,7 +8,7 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _kernel(base, other, kl, same, vocab, LANES: tl.constexpr):
+def _divergence(base, other, kl, same, vocab, LANES: tl.constexpr):
     row = tl.program_id(0)
     p = base + row.to(tl.int64) * vocab
     q = other + row.to(tl.int64) * vocab
@@ -54,8 +54,8 @@ def divergence(base, other, *, lanes=1024, num_warps=8):
     Equal largest logits count as the one of lowest id, as torch.argmax does.
     """
     rows, vocab = base.shape
-    lanes = min(lanes, 1 << (vocab.bit_length() - 1))
+    lanes = min(lanes, triton.next_power_of_2(vocab))
     kl = base.new_empty(rows)
     same = torch.empty(rows, dtype=torch.bool, device=base.device)
-    _kernel[(rows,)](base, other, kl, same, vocab, lanes, num_warps=num_warps)
+    _divergence[(rows,)](base, other, kl, same, vocab, lanes, num_warps=num_warps)
     return kl, same

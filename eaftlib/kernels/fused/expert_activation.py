@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _kernel(gate_up, bias, expert, out, size, limit, alpha, BLOCK: tl.constexpr):
+def _activate(gate_up, bias, expert, out, size, limit, alpha, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     inside = pair < 2 * size
@@ -25,5 +25,5 @@ def activate(gate_up, bias, expert, limit, alpha, *, block=1024, num_warps=4):
     rows, width = gate_up.shape
     out = gate_up.new_empty(rows, width // 2)
     grid = (rows, triton.cdiv(width // 2, block))
-    _kernel[grid](gate_up, bias, expert, out, width // 2, limit, alpha, block, num_warps=num_warps)
+    _activate[grid](gate_up, bias, expert, out, width // 2, limit, alpha, block, num_warps=num_warps)
     return out

@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _kernel(
+def _combine(
     outputs, row_of_pair, expert, gate, bias, combined, norm, peak,
     size, top_k, PAIRS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def combine(outputs, row_of_pair, expert, gate, bias, measure, *, block=1024, nu
     size = outputs.shape[1]
     combined = outputs.new_empty(tokens, size)
     norm, peak = torch.empty(2, tokens, top_k, device=outputs.device).unbind() if measure else (combined, combined)
-    _kernel[(tokens,)](
+    _combine[(tokens,)](
         outputs, row_of_pair, expert, gate, bias, combined, norm, peak,
         size, top_k, triton.next_power_of_2(top_k), block, measure, num_warps=num_warps,
     )  # fmt: skip

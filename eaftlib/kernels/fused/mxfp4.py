@@ -15,7 +15,7 @@ def _value(code):
 
 
 @triton.jit
-def _kernel(blocks, scales, values, groups, GROUPS: tl.constexpr):
+def _decode(blocks, scales, values, groups, GROUPS: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group < groups
     byte = tl.load(blocks + group[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0)
@@ -32,4 +32,4 @@ def _kernel(blocks, scales, values, groups, GROUPS: tl.constexpr):
 def decode(blocks, scales, values, *, groups=256, num_warps=4):
     """Fill ``values`` [..., G * 32] from blocks uint8 [..., G, 16] and scales uint8 [..., G], all contiguous."""
     total = scales.numel()
-    _kernel[(triton.cdiv(total, groups),)](blocks, scales, values, total, groups, num_warps=num_warps)
+    _decode[(triton.cdiv(total, groups),)](blocks, scales, values, total, groups, num_warps=num_warps)

@@ -9,7 +9,7 @@ _LOWEST = tl.constexpr(-3.0e38)  # stands for "nothing yet"; finite, so that dif
 
 
 @triton.jit
-def _kernel(
+def _statistics(
     logits, targets, nll, entropy, vocab, inverse_ln_k, K: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr
 ):
     """One row per program. Lane i sees columns i, i + LANES, ...: its maximum and its sum of exponentials stay in registers.
@@ -50,7 +50,7 @@ def _kernel(
         moment += weight * (value - top)
         candidates = tl.where(place == at, _LOWEST, candidates)
     h = (tl.log(weights) - moment / weights) * inverse_ln_k
-    tl.store(entropy + row, tl.where(h == h, tl.minimum(tl.maximum(h, 0.0), 1.0), h))
+    tl.store(entropy + row, tl.where(normaliser == normaliser, tl.minimum(tl.maximum(h, 0.0), 1.0), normaliser))
 
 
 def token_statistics(logits, targets, entropy_topk, *, lanes=2048, num_warps=4):
@@ -59,10 +59,10 @@ def token_statistics(logits, targets, entropy_topk, *, lanes=2048, num_warps=4):
     lanes and num_warps: measured on an H100 at 2,048 x 201,088; smaller vocabularies take fewer lanes.
     """
     rows, vocab = logits.shape
-    lanes = min(lanes, 1 << (vocab.bit_length() - 1))
+    lanes = min(lanes, triton.next_power_of_2(vocab))  # never fewer than K
     nll, entropy = logits.new_empty(2, rows).unbind()
     strips = triton.next_power_of_2(triton.cdiv(vocab, lanes))
-    _kernel[(rows,)](
+    _statistics[(rows,)](
         logits,
         targets,
         nll,
