@@ -31,7 +31,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     if use_fused(blocks.device):
         from .kernels.fused import mxfp4
 
-        mxfp4.decode(blocks.contiguous(), scales.contiguous(), values)
+        mxfp4.decode(blocks, scales, values)
         return values.flatten(-2)
     table = _byte_table(blocks.device)
     for block, scale, value in zip(blocks, scales, values, strict=True):  # one expert's float32 values at a time

@@ -585,3 +585,30 @@ def test_rotation_of_queries_and_keys(heads, kv_heads, length, dim, dtype):
     rotated = run(rotary.rotate, *on(query, key, cos, sin))
     for found, expected, x in zip(rotated, plain, (query, key), strict=True):
         near(found, expected, rotate64(x, cos, sin))
+
+
+# --- any layout ---------------------------------------------------------------------------------------------------
+
+
+def scattered(x):
+    """The same values in another layout: no two neighbours of a row are neighbours in memory."""
+    return x.t().contiguous().t() if x.dim() == 2 else torch.stack([x, x], -1)[..., 0]
+
+
+def test_no_kernel_takes_a_layout_for_granted():
+    logits, other, targets = normal(3, 100), normal(3, 100, seed=1), torch.tensor([5, 6, 99])
+    gate_up, bias, expert = normal(6, 64), normal(4, 64), torch.tensor([0, 1, 1, 2, 3, 3])
+    ids, gates, order = torch.tensor([[0, 1], [3, 1], [2, 3]]), normal(3, 2).softmax(-1), torch.randperm(6).view(3, 2)
+    query, key, cos = normal(2, 5, 4, 16), normal(2, 5, 2, 16), normal(5, 8)
+    calls = [
+        (lambda *x: statistics.token_statistics(*x, 20, lanes=64), (logits, targets)),
+        (lambda *x: divergence.divergence(*x, lanes=64), (logits, other)),
+        (lambda *x: expert_activation.activate(*x, 7.0, 1.702), (gate_up, bias, expert)),
+        (lambda *x: expert_combination.combine(*x, True), (gate_up, order, ids, gates, bias)),
+        (rotary.rotate, (query, key, cos, normal(5, 8, seed=3))),
+    ]
+    for kernel, tensors in calls:
+        expected = kernel(*on(*tensors))
+        found = kernel(*(scattered(x) for x in on(*tensors)))
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -49,10 +49,11 @@ def _divergence(base, other, kl, same, vocab, LANES: tl.constexpr):
 
 
 def divergence(base, other, *, lanes=1024, num_warps=8):
-    """(KL(base, other) float32 [T] in nats, same arg-max bool [T]) of contiguous float32 logits [T, V].
+    """(KL(base, other) float32 [T] in nats, same arg-max bool [T]) of float32 logits [T, V].
 
     Equal largest logits count as the one of lowest id, as torch.argmax does.
     """
+    base, other = base.contiguous(), other.contiguous()
     rows, vocab = base.shape
     lanes = min(lanes, triton.next_power_of_2(vocab))
     kl = base.new_empty(rows)

@@ -22,6 +22,7 @@ def _activate(gate_up, bias, expert, out, size, limit, alpha, BLOCK: tl.constexp
 
 def activate(gate_up, bias, expert, limit, alpha, *, block=1024, num_warps=4):
     """As ``kernels.expert_activation.activate``."""
+    gate_up, bias, expert = gate_up.contiguous(), bias.contiguous(), expert.contiguous()
     rows, width = gate_up.shape
     out = gate_up.new_empty(rows, width // 2)
     grid = (rows, triton.cdiv(width // 2, block))

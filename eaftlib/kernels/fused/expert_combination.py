@@ -35,6 +35,7 @@ def _combine(
 
 def combine(outputs, row_of_pair, expert, gate, bias, measure, *, block=1024, num_warps=4):
     """As ``kernels.expert_combination.combine``."""
+    outputs, row_of_pair, expert, gate, bias = (x.contiguous() for x in (outputs, row_of_pair, expert, gate, bias))
     tokens, top_k = expert.shape
     size = outputs.shape[1]
     combined = outputs.new_empty(tokens, size)

@@ -11,7 +11,7 @@ def _value(code):
     mantissa = (code & 1).to(tl.float32)
     power = ((exponent + 125) << 23).to(tl.float32, bitcast=True)
     magnitude = tl.where(exponent == 0, mantissa * 0.5, (mantissa + 2.0) * power)
-    return tl.where((code & 8) != 0, -magnitude, magnitude)
+    return magnitude * (1.0 - ((code >> 2) & 2).to(tl.float32))  # a product keeps the sign of zero
 
 
 @triton.jit
@@ -30,6 +30,8 @@ def _decode(blocks, scales, values, groups, GROUPS: tl.constexpr):
 
 
 def decode(blocks, scales, values, *, groups=256, num_warps=4):
-    """Fill ``values`` [..., G * 32] from blocks uint8 [..., G, 16] and scales uint8 [..., G], all contiguous."""
+    """Fill ``values`` [..., G * 32] from blocks uint8 [..., G, 16] and scales uint8 [..., G]; values is contiguous."""
     total = scales.numel()
-    _decode[(triton.cdiv(total, groups),)](blocks, scales, values, total, groups, num_warps=num_warps)
+    _decode[(triton.cdiv(total, groups),)](
+        blocks.contiguous(), scales.contiguous(), values, total, groups, num_warps=num_warps
+    )

@@ -31,13 +31,16 @@ def _rotary(
 
 
 def rotate(query, key, cos, sin):
-    """query [B, S, Hq, D] and key [B, S, Hkv, D], contiguous, rotated by cos and sin [S, D / 2].
+    """query [B, S, Hq, D] and key [B, S, Hkv, D] rotated by cos and sin [S, D / 2].
 
     Halves of D belong together: (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). D is a power of two. Not in place:
     where threads outnumber values, several hold the same one, and one may store before another has loaded.
     """
     batch, length, query_heads, dim = query.shape
     key_heads = key.shape[2]
+    query, key, cos, sin = (
+        x.contiguous() for x in (query, key, cos, sin)
+    )  # cos and sin are not, as transformers makes them
     rotated = torch.empty_like(query), torch.empty_like(key)
     _rotary[(batch * length,)](
         query, key, *rotated, cos, sin, length, query_heads, key_heads,

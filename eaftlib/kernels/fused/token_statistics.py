@@ -54,10 +54,11 @@ def _statistics(
 
 
 def token_statistics(logits, targets, entropy_topk, *, lanes=2048, num_warps=4):
-    """As ``kernels.token_statistics.token_statistics``, for contiguous float32 logits and K up to MAX_K.
+    """As ``kernels.token_statistics.token_statistics``, for float32 logits and K up to MAX_FUSED_K.
 
     lanes and num_warps: measured on an H100 at 2,048 x 201,088; smaller vocabularies take fewer lanes.
     """
+    logits, targets = logits.contiguous(), targets.contiguous()
     rows, vocab = logits.shape
     lanes = min(lanes, triton.next_power_of_2(vocab))  # never fewer than K
     nll, entropy = logits.new_empty(2, rows).unbind()
