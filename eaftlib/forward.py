@@ -101,10 +101,9 @@ class _Run:
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.kept = torch.from_numpy(blocks.kept)
         self.kept_before = _before(self.kept)
-        self.batch = max(
-            1, MICRO_BATCH_TOKENS[self.device.type] // blocks.seq_len
-        )  # blocks; halved when memory is short
-        self.slice = kernel.slice_rows(weights.lm_head.shape[0], self.device)  # tokens with logits at once; likewise
+        # Blocks at once, and tokens with logits at once; both are halved when memory is short.
+        self.batch = min(max(1, MICRO_BATCH_TOKENS[self.device.type] // blocks.seq_len), len(self.tokens))
+        self.slice = kernel.slice_rows(weights.lm_head.shape[0], self.device)
         layers = weights.checkpoint.num_layers
         self.biases = [[weights.router_bias(layer, keep) for keep in keep_sets] for layer in range(layers)]
         self.base = next((v for v, keep in enumerate(keep_sets) if keep is None), None)

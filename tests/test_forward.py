@@ -1,5 +1,6 @@
 """One pass of the library against AutoModelForCausalLM on the same checkpoint: float32, eager attention and experts."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import world
 from test_token_statistics import exact
 from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from eaftlib import devices, forward, weights
 from eaftlib.checkpoint import Checkpoint
@@ -232,3 +234,65 @@ def test_a_gpu_runs_in_bfloat16_only_where_it_has_it(monkeypatch, capability, dt
 def test_an_unknown_device_is_a_parameter_error(device):
     with pytest.raises(ParameterError, match=device):
         devices.place(device)
+
+
+def test_several_processes_take_their_own_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert devices.place(dtype="bfloat16").device == torch.device("cuda:3")
+    assert devices.place("cuda", "bfloat16").device == torch.device("cuda:0")
+
+
+def test_a_memory_limit_is_in_gigabytes_and_of_gpus_only(monkeypatch):
+    assert devices.place("cpu", max_gpu_memory=16.0).max_bytes is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    placed = devices.place("cuda", "bfloat16", 15.5)
+    assert placed.max_bytes == 15_500_000_000 and "at most 15.5 GB" in str(placed)
+
+
+@pytest.fixture
+def short_memory(monkeypatch):
+    """A layer that runs out of memory when it is given more than ``most`` blocks at once."""
+
+    def limit(most):
+        forward_layer = GptOssDecoderLayer.forward
+
+        def limited(self, hidden_states, **kwargs):
+            if len(hidden_states) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward_layer(self, hidden_states, **kwargs)
+
+        monkeypatch.setattr(GptOssDecoderLayer, "forward", limited)
+
+    return limit
+
+
+@pytest.mark.parametrize("most", [3, 2, 1])
+def test_too_little_memory_halves_the_micro_batch_and_goes_on(checkpoint, blocks, cpu, mode, short_memory, most):
+    """5 blocks at once, then 2, then 1; two keep-sets, none of which may go through a layer twice."""
+    keep_sets = [None, *keep_masks(1, 4)]
+    expected = forward.score(Weights(checkpoint, cpu), blocks, keep_sets=keep_sets, progress=False)
+    short_memory(most)
+    with pytest.warns(UserWarning, match="ran out of memory: going on with") as warned:
+        found = forward.score(Weights(checkpoint, cpu), blocks, keep_sets=keep_sets, progress=False)
+    assert [int(re.search(r"with (\d+) blocks", str(w.message))[1]) for w in warned] == ([2] if most > 1 else [2, 1])
+    for a, b in zip(found.variants, expected.variants, strict=True):
+        np.testing.assert_allclose(a.nll, b.nll, rtol=1e-5, atol=1e-5)
+
+
+def test_one_block_that_does_not_fit_is_an_error_that_says_what_to_do(checkpoint, blocks, cpu, short_memory):
+    short_memory(0)
+    with pytest.raises(ScoringError, match=r"too little memory for one block of 40 tokens.*Use shorter sequences"):
+        with pytest.warns(UserWarning, match="going on with"):
+            forward.score(Weights(checkpoint, cpu), blocks, progress=False)
+
+
+def test_resident_layers_are_read_once_for_all_passes(checkpoint, blocks, cpu, monkeypatch):
+    read = []
+    layer = Checkpoint.layer
+    monkeypatch.setattr(Checkpoint, "layer", lambda self, i, *a: read.append(i) or layer(self, i, *a))
+    opened = Weights(checkpoint, cpu)
+    first, second = (forward.score(opened, blocks, keep_sets=k, progress=False) for k in (keep_masks(1, 4), [None]))
+    assert read == list(range(world.LAYERS))
+    np.testing.assert_array_equal(second.variants[0].nll, forward.score(opened, blocks, progress=False).variants[0].nll)
+    assert (first.variants[0].nll != second.variants[0].nll).any()

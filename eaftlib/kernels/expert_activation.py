@@ -17,6 +17,6 @@ def activate(
         from .fused import expert_activation
 
         return expert_activation.activate(gate_up, bias, expert, limit, alpha)
-    x = gate_up.float() + bias[expert].float()
+    x = gate_up.float() + bias[expert.long()].float()
     gate, up = x[:, ::2].clamp(max=limit), x[:, 1::2].clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(gate_up.dtype)

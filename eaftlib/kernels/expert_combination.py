@@ -22,7 +22,7 @@ def combine(
         from .fused import expert_combination
 
         return expert_combination.combine(outputs, row_of_pair, expert, gate, bias, measure)
-    y = outputs[row_of_pair].float() + bias[expert].float()
+    y = outputs[row_of_pair].float() + bias[expert.long()].float()
     combined = torch.einsum("tkh,tk->th", y, gate.float()).to(outputs.dtype)
     if not measure:
         return combined, None, None
