@@ -16,15 +16,7 @@ from eaftlib import mxfp4 as plain_mxfp4
 from eaftlib.kernels import expert_activation as plain_activation
 from eaftlib.kernels import expert_combination as plain_combination
 from eaftlib.kernels import token_statistics as plain_statistics
-from eaftlib.kernels.fused import (
-    attention,
-    divergence,
-    expert_activation,
-    expert_combination,
-    head_product,
-    mxfp4,
-    rotary,
-)
+from eaftlib.kernels.fused import attention, divergence, expert_activation, expert_combination, mxfp4, rotary
 from eaftlib.kernels.fused import token_statistics as statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +96,7 @@ def check_statistics(logits, targets, k=20, lanes=LANES):
     nll, entropy = run(statistics.token_statistics, *on(logits, targets), k, lanes=lanes)
     z = logits.double()
     top = torch.log_softmax(z.topk(k).values, -1)
-    plain = plain_statistics.token_statistics(plain_statistics.Logits(logits), targets, k)
+    plain = plain_statistics.token_statistics(logits, targets, k)
     near(nll, plain[0], -torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0])
     near(entropy, plain[1], -(top.exp() * top).sum(-1) / math.log(k))
     return nll, entropy
@@ -200,7 +192,7 @@ def check_divergence(base, other, lanes=LANES):
     size = max(base.abs().max().item(), other.abs().max().item()) + math.log(base.shape[1])  # of what is subtracted
     near(
         kl,
-        plain_statistics.Reference(plain_statistics.Logits(base)).compare(plain_statistics.Logits(other))[0],
+        plain_statistics.Reference(base).compare(other)[0],
         (p.exp() * (p - q)).sum(-1),
         slack=2 * EPS * size,
     )
@@ -593,69 +585,6 @@ def test_rotation_of_queries_and_keys(heads, kv_heads, length, dim, dtype):
     rotated = run(rotary.rotate, *on(query, key, cos, sin))
     for found, expected, x in zip(rotated, plain, (query, key), strict=True):
         near(found, expected, rotate64(x, cos, sin))
-
-
-# --- logits with what statistics need ------------------------------------------------------------------------------
-
-TILE = {"rows": 16, "depth": 32, "programs": 3, "num_warps": 4}
-WIDTH = head_product.WIDTH
-
-
-def hidden_and_head(tokens, vocab, size=64):
-    return normal(tokens, size).half(), (normal(vocab, size, seed=1) * 0.3).half()
-
-
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
-@pytest.mark.parametrize("vocab", [1, WIDTH - 1, WIDTH, WIDTH + 1, 3 * WIDTH + 77])
-@pytest.mark.parametrize("size", [32, 96, 72])
-def test_product_and_what_it_notes_of_each_tile(tokens, vocab, size):
-    """Below one tile, exactly one, several and a remainder, along tokens, vocabulary and depth."""
-    hidden, head = hidden_and_head(tokens, vocab, size)
-    logits, tops, sums = run(head_product.product, *on(hidden, head), **TILE)
-    truth = hidden.double() @ head.double().T
-    near(logits, hidden.float() @ head.float().T, truth)
-    for i, part in enumerate(truth.split(WIDTH, dim=1)):
-        torch.testing.assert_close(tops[:, i].double(), part.amax(1), rtol=1e-5, atol=1e-5)
-        exact_sums = (part - tops[:, i : i + 1].double()).exp().sum(1)
-        torch.testing.assert_close(sums[:, i].double(), exact_sums, rtol=1e-5, atol=1e-5)
-
-
-def check_tiles(logits, targets, k=20):
-    """Statistics from tiles against float64, as good as the plain version's."""
-    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % WIDTH), value=-math.inf).unflatten(1, (-1, WIDTH))
-    tops = padded.amax(-1)
-    sums = (padded - tops[..., None]).exp().sum(-1)
-    targets = torch.tensor(targets)
-    found = run(head_product.token_statistics, *on(logits, tops, sums, targets), k)
-    plain = plain_statistics.token_statistics(plain_statistics.Logits(logits), targets, k)
-    exact = plain_statistics.token_statistics(plain_statistics.Logits(logits.double()), targets, k)
-    for a, b, truth in zip(found, plain, exact, strict=True):
-        near(a, b, truth.double())
-
-
-@pytest.mark.parametrize("vocab", [32 * WIDTH, 33 * WIDTH - 1, 40 * WIDTH + 1])
-@pytest.mark.parametrize("k", [2, 20, 32])
-def test_statistics_from_tiles(vocab, k):
-    check_tiles(random_logits(3, vocab), [0, vocab - 1, vocab // 2], k)
-
-
-def test_top_logits_in_one_tile_in_the_last_and_tied_across_tiles():
-    vocab = 35 * WIDTH + 9
-    logits = random_logits(4, vocab)
-    logits[0, 700:720] = 20 + torch.arange(20) / 7
-    logits[1, -9:] = 15.0
-    logits[2, ::WIDTH] = 9.0  # 36 equal largest, 20 of them count
-    logits[3, 5] = 60.0
-    check_tiles(logits, [710, vocab - 1, 3, 5])
-
-
-@pytest.mark.gpu  # the interpreter cannot take the largest of NaNs alone
-def test_a_nan_in_the_hidden_state_reaches_the_statistics():
-    hidden, head = hidden_and_head(3, 32 * WIDTH)
-    hidden[1, 3] = NAN
-    logits, tops, sums = head_product.product(*on(hidden, head), **TILE)
-    nll, entropy = run(head_product.token_statistics, logits, tops, sums, on(torch.tensor([1, 2, 3]))[0], 20)
-    assert nll.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
 
 
 # --- any layout ---------------------------------------------------------------------------------------------------

@@ -8,15 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eaftlib.kernels.token_statistics import (
-    SLICE_BYTES,
-    Logits,
-    Reference,
-    logits_of,
-    slice_rows,
-    token_statistics,
-    top_logits,
-)
+from eaftlib.kernels.token_statistics import SLICE_BYTES, Reference, logits_of, slice_rows, token_statistics, top_logits
 
 VOCABS = [20, 21, 64, 1280, 1343, 1344, 2560]  # 64 divides 1280 = 20 groups, 1344 = 21, 2560 = 40
 
@@ -35,7 +27,7 @@ def exact(logits, target, k):
 
 
 def check(logits, targets, k=20):
-    nll, entropy = token_statistics(Logits(logits), targets, k)
+    nll, entropy = token_statistics(logits, targets, k)
     ulp = float(np.spacing(np.float32(logits.abs().max().item() + 1)))
     for t in range(len(logits)):
         expected = exact(logits[t], int(targets[t]), k)
@@ -57,7 +49,7 @@ def test_random_logits(vocab, scale):
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_flat_logits_have_entropy_one(vocab):
-    nll, entropy = token_statistics(Logits(torch.full((1, vocab), 7.0)), torch.tensor([3]), 20)
+    nll, entropy = token_statistics(torch.full((1, vocab), 7.0), torch.tensor([3]), 20)
     assert nll.item() == pytest.approx(np.log(vocab), rel=1e-6) and entropy.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -66,7 +58,7 @@ def test_one_dominant_logit(vocab):
     logits = random_logits(2, vocab, 1.0)
     logits[:, 11] = 40.0
     check(logits, torch.tensor([11, 12]))
-    assert token_statistics(Logits(logits), torch.tensor([11, 12]), 20)[1].max() < 1e-6
+    assert token_statistics(logits, torch.tensor([11, 12]), 20)[1].max() < 1e-6
 
 
 @pytest.mark.parametrize("vocab", [100, 1344, 2560])
@@ -117,7 +109,7 @@ def test_top_logits_equal_a_sort(seed, groups, k, levels):
 def test_bad_logits_never_get_a_finite_value(bad, vocab):
     logits = random_logits(3, vocab)
     logits[1, 70] = bad
-    nll, entropy = token_statistics(Logits(logits), torch.tensor([70, 70, 70]), 20)
+    nll, entropy = token_statistics(logits, torch.tensor([70, 70, 70]), 20)
     finite = torch.isfinite(nll) & torch.isfinite(entropy)
     assert finite.tolist() == [True, False, True]
 
@@ -125,7 +117,7 @@ def test_bad_logits_never_get_a_finite_value(bad, vocab):
 def test_nan_outside_the_top_logits_is_seen():
     logits = random_logits(1, 2560)
     logits[0, 2000] = float("nan")
-    nll, entropy = token_statistics(Logits(logits), torch.tensor([0]), 20)
+    nll, entropy = token_statistics(logits, torch.tensor([0]), 20)
     assert not (torch.isfinite(nll) & torch.isfinite(entropy)).any()
 
 
@@ -141,7 +133,7 @@ def exact_kl(base, other):
 def test_kl_and_top1_against_exact_sums(scale, apart):
     base = random_logits(5, 700, scale)
     other = base + random_logits(5, 700, apart, seed=1)
-    kl, same = Reference(Logits(base)).compare(Logits(other))
+    kl, same = Reference(base).compare(other)
     ulp = float(np.spacing(np.float32(max(base.abs().max(), other.abs().max()).item() + 1)))
     for t in range(5):
         assert kl[t].item() == pytest.approx(exact_kl(base[t], other[t]), abs=8 * ulp, rel=1e-5)
@@ -152,7 +144,7 @@ def test_kl_and_top1_against_exact_sums(scale, apart):
 def test_half_precision_logits_accumulate_in_float32():
     hidden, head = random_logits(4, 256).bfloat16(), random_logits(50, 256, seed=1).bfloat16()
     expected = hidden.double() @ head.double().T
-    logits = logits_of(hidden, head.float()).values  # a CPU pass converts the head once
+    logits = logits_of(hidden, head.float())  # a CPU pass converts the head once
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-3)
 

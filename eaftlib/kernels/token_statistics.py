@@ -1,14 +1,12 @@
 """Per-token statistics of the next-token distribution, without ever holding all logits."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from . import use_fused
 
 MAX_FUSED_K = 32  # the top logits of a row that one program keeps
-LARGE_VOCABULARY = 32 * 256  # from here on there are as many tiles of columns as top logits
 
 # Logits held at once: few enough to stay in a CPU's cache, enough to feed a GPU's matrix units.
 SLICE_BYTES = {"cpu": 8 << 20, "cuda": 1600 << 20}
@@ -19,42 +17,27 @@ def slice_rows(vocab_size: int, device: torch.device) -> int:
     return max(1, SLICE_BYTES[device.type] // (4 * vocab_size))
 
 
-@dataclass(frozen=True)
-class Logits:
-    """float32 ``values`` [T, V] and, where the product took them on its way, maxima and sums per tile of columns."""
-
-    values: torch.Tensor
-    tops: torch.Tensor | None = None
-    sums: torch.Tensor | None = None
+def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+    """float32 logits [T, V] of hidden [T, H] and lm_head [V, H]; on a GPU half-precision products accumulate into float32."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
+    return hidden.float() @ lm_head.T
 
 
-def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> Logits:
-    """Logits of hidden [T, H] and lm_head [V, H]; on a GPU half-precision products accumulate into float32."""
-    if not hidden.is_cuda or hidden.dtype == torch.float32:
-        return Logits(hidden.float() @ lm_head.T)
-    hopper = use_fused(hidden.device) and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
-    if hopper and lm_head.shape[0] >= LARGE_VOCABULARY:
-        from .fused import head_product
-
-        return Logits(*head_product.product(hidden, lm_head))
-    return Logits(torch.mm(hidden, lm_head.T, out_dtype=torch.float32))
-
-
-def token_statistics(logits: Logits, targets: torch.Tensor, entropy_topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nll [T], entropy [T]) float32 of targets [T] int64.
+def token_statistics(
+    logits: torch.Tensor, targets: torch.Tensor, entropy_topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll [T], entropy [T]) float32 from logits [T, V] float32 and targets [T] int64.
 
     nll = logsumexp(z) - z[target]. entropy: of the softmax over the top K logits renormalised among themselves,
     divided by ln K, in [0, 1]; NaN logits give NaN.
     """
-    z = logits.values
-    if use_fused(z.device) and entropy_topk <= MAX_FUSED_K:
-        from .fused import head_product, token_statistics
+    if use_fused(logits.device) and entropy_topk <= MAX_FUSED_K:
+        from .fused import token_statistics
 
-        if logits.tops is not None:
-            return head_product.token_statistics(z, logits.tops, logits.sums, targets, entropy_topk)
-        return token_statistics.token_statistics(z, targets, entropy_topk)
-    nll = torch.logsumexp(z, dim=-1) - z.gather(-1, targets[:, None]).squeeze(-1)
-    return nll, topk_entropy(top_logits(z, entropy_topk))
+        return token_statistics.token_statistics(logits, targets, entropy_topk)
+    nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
+    return nll, topk_entropy(top_logits(logits, entropy_topk))
 
 
 def topk_entropy(top: torch.Tensor) -> torch.Tensor:
@@ -84,21 +67,13 @@ def top_logits(logits: torch.Tensor, k: int, group: int = 64) -> torch.Tensor:
 class Reference:
     """The whole model's distribution on a slice of tokens, to which other models' logits are compared."""
 
-    def __init__(self, logits: Logits):
-        self.logits = logits = logits.values
-        if use_fused(logits.device):
-            return
+    def __init__(self, logits: torch.Tensor):
         log_normaliser = torch.logsumexp(logits, dim=-1)
         self.top1 = logits.argmax(-1)
         self.probabilities = (logits - log_normaliser[:, None]).exp()
         self.negative_entropy = torch.linalg.vecdot(self.probabilities, logits) - log_normaliser
 
-    def compare(self, other: Logits) -> tuple[torch.Tensor, torch.Tensor]:
+    def compare(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(KL(reference, other) [T] in nats over the full vocabulary, whether the arg-max is the same [T])."""
-        logits = other.values
-        if use_fused(logits.device):
-            from .fused.divergence import divergence
-
-            return divergence(self.logits, logits)
         cross = torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(self.probabilities, logits)
         return (self.negative_entropy + cross).clamp(min=0.0), logits.argmax(-1) == self.top1

@@ -9,34 +9,6 @@ _LOWEST = tl.constexpr(-3.0e38)  # stands for "nothing yet"; finite, so that dif
 
 
 @triton.jit
-def top_places(values, COUNT: tl.constexpr, K: tl.constexpr):
-    """Places of the K <= 32 largest of COUNT values, int32 [32], of which the first K count; equal values by lowest place."""
-    place = tl.arange(0, COUNT)
-    slot = tl.arange(0, 32)
-    found = tl.zeros([32], tl.int32)
-    for i in range(K):
-        _, at = tl.max(values, axis=0, return_indices=True)
-        found = tl.where(slot == i, at, found)
-        values = tl.where(place == at, _LOWEST, values)
-    return found
-
-
-@triton.jit
-def top_entropy(candidates, top, COUNT: tl.constexpr, K: tl.constexpr):
-    """Entropy in nats of the softmax over the K largest of COUNT candidates, ``top`` the largest: they are taken in turn."""
-    place = tl.arange(0, COUNT)
-    weights = 0.0
-    moment = 0.0
-    for _ in range(K):
-        value, at = tl.max(candidates, axis=0, return_indices=True)
-        weight = tl.exp(value - top)
-        weights += weight
-        moment += weight * (value - top)
-        candidates = tl.where(place == at, _LOWEST, candidates)
-    return tl.log(weights) - moment / weights
-
-
-@triton.jit
 def _statistics(
     logits, targets, nll, entropy, vocab, inverse_ln_k, K: tl.constexpr, LANES: tl.constexpr, STRIPS: tl.constexpr
 ):
@@ -59,9 +31,25 @@ def _statistics(
     normaliser = tl.sum(total * tl.exp(highest - top), axis=0)
     tl.store(nll + row, (top - tl.load(z + tl.load(targets + row))) + tl.log(normaliser))
 
-    columns = top_places(highest, LANES, K)[:, None] + LANES * tl.arange(0, STRIPS)[None, :]
-    candidates = tl.load(z + columns, mask=(tl.arange(0, 32)[:, None] < K) & (columns < vocab), other=_LOWEST)
-    h = top_entropy(tl.reshape(candidates, [32 * STRIPS]), top, 32 * STRIPS, K) * inverse_ln_k
+    slot = tl.arange(0, 32)
+    lanes = tl.zeros([32], tl.int32)
+    for i in range(K):
+        _, at = tl.max(highest, axis=0, return_indices=True)
+        lanes = tl.where(slot == i, at, lanes)
+        highest = tl.where(lane == at, _LOWEST, highest)
+    columns = lanes[:, None] + LANES * tl.arange(0, STRIPS)[None, :]
+    candidates = tl.load(z + columns, mask=(slot[:, None] < K) & (columns < vocab), other=_LOWEST)
+    candidates = tl.reshape(candidates, [32 * STRIPS])
+    place = tl.arange(0, 32 * STRIPS)
+    weights = 0.0
+    moment = 0.0
+    for _ in range(K):
+        value, at = tl.max(candidates, axis=0, return_indices=True)
+        weight = tl.exp(value - top)
+        weights += weight
+        moment += weight * (value - top)
+        candidates = tl.where(place == at, _LOWEST, candidates)
+    h = (tl.log(weights) - moment / weights) * inverse_ln_k
     tl.store(entropy + row, tl.where(normaliser == normaliser, tl.minimum(tl.maximum(h, 0.0), 1.0), normaliser))
 
 
