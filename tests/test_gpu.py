@@ -28,10 +28,9 @@ def inference():
         yield
 
 
-def normal(*shape, std=1.0, dtype=torch.bfloat16):
-    return (
-        torch.randn(*shape, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(len(shape))) * std
-    )
+def normal(*shape, std=1.0, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator) * std
 
 
 def relative_error(found, truth):
@@ -81,15 +80,31 @@ def test_rounding_logits_to_bfloat16_would_not_do():
     assert (ours - truth).abs().max() < 1e-6 and (rounded - truth).abs().max() > 1e-3
 
 
+def test_logits_and_statistics_at_full_shape():
+    """As a pass computes them, against float64 of the same bfloat16 inputs: what error there is comes from the product."""
+    hidden, head = normal(333, CONFIG.hidden_size, seed=1), normal(CONFIG.vocab_size, CONFIG.hidden_size, std=0.02)
+    targets = torch.randint(CONFIG.vocab_size, (333,), device="cuda")
+    logits = statistics.logits_of(hidden, head)
+    nll, entropy = statistics.token_statistics(logits, targets, 20)
+    exact = torch.cat([h.double() @ head.double().T for h in hidden.split(64)])
+    assert (logits - exact).abs().max() < 1e-4
+    for z, error in ((logits.double(), 4e-6), (exact, 5e-5)):
+        assert (nll - torch.logsumexp(z, -1) + z.gather(1, targets[:, None])[:, 0]).abs().max() < error
+        top = z.topk(20).values.log_softmax(-1)
+        assert (entropy - -(top.exp() * top).sum(-1) / math.log(20)).abs().max() < error
+
+
 def test_experts_at_full_shape():
     """Against float64, expert by expert; allowed half as much error again as the same in bfloat16, one by one."""
     tokens, e, h, i = 777, CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size
     with torch.device("meta"):
         module = GptOssExperts(CONFIG)
-    state = {"gate_up_proj": normal(e, 2 * i, h, std=0.02), "down_proj": normal(e, h, i, std=0.02)}
+    state = {"gate_up_proj": normal(e, 2 * i, h, std=0.02), "down_proj": normal(e, h, i, std=0.02, seed=1)}
     state = {name: w.transpose(1, 2) for name, w in state.items()}
-    module.load_state_dict(state | {"gate_up_proj_bias": normal(e, 2 * i), "down_proj_bias": normal(e, h)}, assign=True)
-    x = normal(tokens, h)
+    module.load_state_dict(
+        state | {"gate_up_proj_bias": normal(e, 2 * i), "down_proj_bias": normal(e, h, seed=2)}, assign=True
+    )
+    x = normal(tokens, h, seed=3)
     ids = torch.rand(tokens, e - 3, device="cuda").topk(4).indices + 1  # experts 0, 30 and 31 get no token
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).bfloat16()
     found = experts._all_at_once(module, x, ids, gates, True)
@@ -106,13 +121,18 @@ def test_experts_at_full_shape():
         assert relative_error(ours, exact) <= 1.5 * relative_error(theirs, exact) + 1e-6
 
 
+def qkv_shapes(batch, length):
+    """Queries, keys, values and sinks."""
+    return (batch, length, 64, 64), (batch, length, 8, 64), (batch, length, 8, 64), (64,)
+
+
 @pytest.mark.parametrize("window", [None, 128])
 def test_attention_at_131072_tokens(window):
     """Rows spread over the sequence against float64; no S x S matrix is ever held: the peak stays near the inputs."""
     from eaftlib.kernels.fused.attention import attention
 
     length = 131072
-    q, k, v, sinks = normal(1, length, 64, 64), normal(1, length, 8, 64), normal(1, length, 8, 64), normal(64)
+    q, k, v, sinks = (normal(*s, seed=i) for i, s in enumerate(qkv_shapes(1, length)))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = attention(q, k, v, sinks, 0.125, window or length)
@@ -130,7 +150,7 @@ def test_attention_at_131072_tokens(window):
 def test_fused_attention_is_as_exact_as_pytorchs(window):
     from eaftlib.kernels.fused.attention import attention
 
-    q, k, v, sinks = normal(2, 1111, 64, 64), normal(2, 1111, 8, 64), normal(2, 1111, 8, 64), normal(64)
+    q, k, v, sinks = (normal(*s, seed=i) for i, s in enumerate(qkv_shapes(2, 1111)))
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     truth = attention_with_sinks(
         None, *(x.double() for x in heads_first), None, 0.125, sliding_window=window, s_aux=sinks.double()
