@@ -103,11 +103,12 @@ class _Run:
         self.kept_before = _before(self.kept)
         # Blocks at once, and tokens with logits at once; both are halved when memory is short.
         self.batch = min(max(1, MICRO_BATCH_TOKENS[self.device.type] // blocks.seq_len), len(self.tokens))
-        self.slice = kernel.slice_rows(weights.lm_head.shape[0], self.device)
         layers = weights.checkpoint.num_layers
         self.biases = [[weights.router_bias(layer, keep) for keep in keep_sets] for layer in range(layers)]
         self.base = next((v for v, keep in enumerate(keep_sets) if keep is None), None)
         self.compare = self.base is not None and len(keep_sets) > 1
+        held = 3 if self.compare else 1  # logits of a slice: of the base, of the variant before, of this one
+        self.slice = max(1, kernel.slice_rows(weights.lm_head.shape[0], self.device) // held)
         # Rows of nll, entropy and, where the whole model is among the variants, KL and same arg-max.
         self.statistics = torch.zeros(len(keep_sets), 4 if self.compare else 2, int(self.kept.sum()))
         self.experts = None
@@ -121,8 +122,10 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
-        with _progress_bar(self.blocks, len(self.keep_sets), progress and ranks.current()[0] == 0) as advance:
-            for wave in self._waves():
+        waves = self._waves()
+        total = sum(map(len, waves)) * self.blocks.seq_len * len(self.keep_sets)
+        with _progress_bar(total, self._name(), progress and ranks.current()[0] == 0) as advance:
+            for wave in waves:
                 self._through_layers(wave, advance)
         ranks.add_up([self.statistics, *(self.experts.tensors if self.experts else ())])
         seconds = ranks.largest(time.perf_counter() - started)
@@ -130,10 +133,15 @@ class _Run:
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return Pass([_token_statistics(rows) for rows in self.statistics], seconds, rate, peak, self.experts)
 
+    def _name(self) -> str:
+        variants = f" x {len(self.keep_sets)} models" if len(self.keep_sets) > 1 else ""
+        return f"{self.blocks.pack} {self.blocks.seq_len}{variants}"
+
     def _waves(self) -> list[torch.Tensor]:
-        """Ids of the blocks of each wave. Ranks take micro-batches in turn, so each is composed as it would be alone."""
+        """Ids of the blocks of each wave, in order. A rank takes a run of micro-batches, each composed as it would be alone."""
         rank, size = ranks.current()
-        batches = torch.arange(len(self.tokens)).split(self.batch)[rank::size]
+        batches = torch.arange(len(self.tokens)).split(self.batch)
+        batches = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
         if self.weights.resident or not batches:
             return list(batches)
         room = HOST_SHARE * free_bytes(torch.device("cpu"))
@@ -273,11 +281,9 @@ def _token_statistics(rows: torch.Tensor) -> TokenStatistics:
 
 
 @contextmanager
-def _progress_bar(blocks: Blocks, variants: int, shown: bool):
+def _progress_bar(total: int, name: str, shown: bool):
     from tqdm import tqdm
 
-    total = blocks.tokens.size * variants
-    name = f"{blocks.pack} {blocks.seq_len}" + (f" x {variants} models" if variants > 1 else "")
     with tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not shown, mininterval=0.5) as bar:
         # Shares of layers add up past the total by rounding.
         yield lambda tokens: bar.update(min(tokens, total - bar.n))
