@@ -107,8 +107,7 @@ class _Run:
         self.biases = [[weights.router_bias(layer, keep) for keep in keep_sets] for layer in range(layers)]
         self.base = next((v for v, keep in enumerate(keep_sets) if keep is None), None)
         self.compare = self.base is not None and len(keep_sets) > 1
-        held = 3 if self.compare else 1  # logits of a slice: of the base, of the variant before, of this one
-        self.slice = max(1, kernel.slice_rows(weights.lm_head.shape[0], self.device) // held)
+        self.slice = kernel.slice_rows(weights.lm_head.shape[0], self.device)
         # Rows of nll, entropy and, where the whole model is among the variants, KL and same arg-max.
         self.statistics = torch.zeros(len(keep_sets), 4 if self.compare else 2, int(self.kept.sum()))
         self.experts = None

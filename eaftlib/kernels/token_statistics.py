@@ -13,8 +13,12 @@ SLICE_BYTES = {"cpu": 8 << 20, "cuda": 1600 << 20}
 
 
 def slice_rows(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' float32 logits make one slice."""
-    return max(1, SLICE_BYTES[device.type] // (4 * vocab_size))
+    """How many tokens' float32 logits make one slice: never above 1/24 of the GPU memory that this process may take."""
+    room = SLICE_BYTES[device.type]
+    if device.type == "cuda":
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        room = min(room, int(share * torch.cuda.get_device_properties(device).total_memory) // 24)
+    return max(1, room // (4 * vocab_size))
 
 
 def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
