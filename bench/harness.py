@@ -108,5 +108,4 @@ def save(rows: list[dict], folder: Path, suffix: str = "", **more) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{date}-{kind}{suffix}.json"
     path.write_text(json.dumps(content | more, indent=1) + "\n")
-    print(f"\nwrote {path}")
     return path

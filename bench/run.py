@@ -30,7 +30,7 @@ COMPARISONS = {
     "120b": lambda folder: ([], {"120b": gpu_passes.layers_of_120b(folder)}),
 }
 ON_CPU = ["evaluate"]
-ON_GPU = ["statistics", "experts", "attention", "decode", "pass", "streamed", "profile", "120b"]
+ON_GPU = ["statistics", "pass", "profile", "streamed", "120b", "experts", "attention", "decode"]
 
 
 def full_shape(folder: Path) -> str:
@@ -57,7 +57,8 @@ def main() -> None:
         more |= extra
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    save(rows, args.out, f"-{'-'.join(args.only)}" if args.only else "", **more)
+        path = save(rows, args.out, f"-{'-'.join(args.only)}" if args.only else "", **more)  # what is measured is kept
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
