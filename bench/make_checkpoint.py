@@ -27,7 +27,7 @@ def layer_tensors(c: GptOssConfig, index: int, generator: torch.Generator) -> di
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
     def normal(*shape, std=0.02):
-        return (torch.randn(shape, generator=generator) * std).bfloat16()
+        return (torch.randn(shape, generator=generator, device=generator.device) * std).bfloat16()
 
     tensors = {
         "input_layernorm.weight": torch.ones(h).bfloat16(),
@@ -41,13 +41,45 @@ def layer_tensors(c: GptOssConfig, index: int, generator: torch.Generator) -> di
     for name, rows, columns in (("gate_up_proj", 2 * inter, h), ("down_proj", h, inter)):
         groups = columns // 32
         tensors[f"mlp.experts.{name}_blocks"] = torch.randint(
-            256, (e, rows, groups, 16), generator=generator, dtype=torch.uint8
+            256, (e, rows, groups, 16), generator=generator, device=generator.device, dtype=torch.uint8
         )
         tensors[f"mlp.experts.{name}_scales"] = torch.randint(
-            118, 121, (e, rows, groups), generator=generator, dtype=torch.uint8
+            118, 121, (e, rows, groups), generator=generator, device=generator.device, dtype=torch.uint8
         )
         tensors[f"mlp.experts.{name}_bias"] = normal(e, rows)
     return {f"model.layers.{index}.{name}": t for name, t in tensors.items()}
+
+
+def write_checkpoint(out: Path, model: str, layers: int | None = None) -> None:
+    config = GptOssConfig(**SHAPES[model])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.layer_types = config.layer_types[: config.num_hidden_layers]
+    out.mkdir(parents=True)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+    weight_map, total = {}, 0
+    for i in range(config.num_hidden_layers + 1):
+        tensors = end_tensors(config, generator) if i == 0 else layer_tensors(config, i - 1, generator)
+        file = f"model-{i + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = config.to_diff_dict() | {"architectures": ["GptOssForCausalLM"], "dtype": "bfloat16"}
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
+    (out / "config.json").write_text(json.dumps(settings, indent=2))
+    for file in (*TOKENIZER.glob("tokenizer*"), *TOKENIZER.glob("special*")):
+        shutil.copy(file, out)
+    print(f"{out}: {total:,} bytes of tensors in {config.num_hidden_layers + 1} shards")
+
+
+def end_tensors(c: GptOssConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shape = (c.vocab_size, c.hidden_size)
+    tensors = {
+        f"{name}.weight": (torch.randn(shape, generator=generator, device=generator.device) * 0.02).bfloat16()
+        for name in ("model.embed_tokens", "lm_head")
+    }
+    return tensors | {"model.norm.weight": torch.ones(c.hidden_size).bfloat16()}
 
 
 def main() -> None:
@@ -56,35 +88,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="20b")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
     args = parser.parse_args()
-    config = GptOssConfig(**SHAPES[args.model])
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
-    config.layer_types = config.layer_types[: config.num_hidden_layers]
-    args.out.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = (config.vocab_size, config.hidden_size)
-    ends = {
-        name: (torch.randn(vocabulary, generator=generator) * 0.02).bfloat16()
-        for name in ("model.embed_tokens", "lm_head")
-    }
-    parts = [
-        {f"{name}.weight": t for name, t in ends.items()}
-        | {"model.norm.weight": torch.ones(config.hidden_size).bfloat16()}
-    ]
-    weight_map, total = {}, 0
-    for i in range(config.num_hidden_layers + 1):
-        tensors = parts[0] if i == 0 else layer_tensors(config, i - 1, generator)
-        file = f"model-{i + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
-        save_file(tensors, args.out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (args.out / "model.safetensors.index.json").write_text(json.dumps(index))
-    settings = config.to_diff_dict() | {"architectures": ["GptOssForCausalLM"], "dtype": "bfloat16"}
-    settings["quantization_config"] = {"quant_method": "mxfp4"}
-    (args.out / "config.json").write_text(json.dumps(settings, indent=2))
-    for file in (*TOKENIZER.glob("tokenizer*"), *TOKENIZER.glob("special*")):
-        shutil.copy(file, args.out)
-    print(f"{args.out}: {total:,} bytes of tensors in {config.num_hidden_layers + 1} shards")
+    write_checkpoint(args.out, args.model, args.layers)
 
 
 if __name__ == "__main__":

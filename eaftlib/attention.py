@@ -1,5 +1,8 @@
 """Attention with sinks and sliding windows that never builds an S x S mask.
 
+Half precision on a GPU goes through one fused kernel (``FusedAttention``). Everywhere else, and where gradients are
+wanted, it is written with PyTorch's own attention:
+
 gpt-oss adds one learned logit per head, the sink, to every softmax and then drops its probability. Here the sink is one
 more key with a zero value: each query gets an extra coordinate ``sink / scaling``, the sink's key is the unit vector of
 that coordinate, all other keys have zero there. What remains is ordinary attention, so PyTorch's fused kernels apply on
@@ -10,9 +13,35 @@ of which sees its own and the previous chunk's keys: work is linear in the seque
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+from .kernels import use_fused
 
 NAME = "sinks_as_keys"
 _ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
+
+
+class FusedAttention(GptOssAttention):
+    """transformers' module with one kernel for the rotary embedding and one for all of the attention; inference only.
+
+    Serves whole, unpadded sequences that start at position 0, in half precision.
+    """
+
+    @staticmethod
+    def serves(config, device: torch.device, dtype: torch.dtype) -> bool:
+        return use_fused(device) and dtype.itemsize == 2 and config.head_dim in (16, 32, 64, 128)
+
+    def forward(self, hidden_states, position_embeddings, **_):
+        """hidden_states [B, S, H], position_embeddings (cos, sin) each [1, S, D / 2] -> ([B, S, H], None)."""
+        from .kernels.fused.attention import attention
+        from .kernels.fused.rotary import rotate
+
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = position_embeddings
+        query, key = rotate(query, key, cos[0], sin[0])
+        output = attention(query, key, value, self.sinks, self.scaling, self.sliding_window or query.shape[1])
+        return self.o_proj(output.flatten(2)), None
 
 
 def attention_with_sinks(

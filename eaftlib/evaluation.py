@@ -2,27 +2,29 @@
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from . import __version__, forward, project, results
+from . import __version__, forward, project, ranks, results
 from .checkpoint import Checkpoint
+from .devices import Placement
 from .errors import CheckpointError, ParameterError, ResultError
 from .files import read_json
 from .keepsets import KeepSet
 from .packs import Blocks, PackSource, pack_blocks
 from .slicing import MANIFEST, checkpoint_sizes
 from .statistics import Tokens, aggregate
+from .weights import Weights
 
 
 def evaluate(
     checkpoint: Checkpoint,
     source: PackSource,
-    placement: forward.Placement,
+    placement: Placement,
     keep_sets: Mapping[str, KeepSet | None],
     *,
     seq_lens: Sequence[int],
@@ -58,19 +60,16 @@ def evaluate(
     for label, meta in metas.items():
         entries[label], tokens[label] = _finished(out_dir / f"{label}.json", meta)
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
-    for blocks in jobs:
-        key = (blocks.pack, blocks.seq_len)
-        if all(key in done and done[key]["rows_sha256"] == blocks.rows_sha256 for done in entries.values()):
-            if progress:
-                print(f"{blocks.pack} {blocks.seq_len}: finished by an earlier run of the same, not repeated")
-            continue
-        run = forward.score(
-            checkpoint, blocks, placement, keep_sets=masks, entropy_topk=entropy_topk, progress=progress
-        )
+    left = {(b.pack, b.seq_len): b for b in jobs if _is_left(b, entries.values())}
+    there = [f"{b.pack} {b.seq_len}" for b in jobs if (b.pack, b.seq_len) not in left]
+    if there and progress:
+        print(f"finished by an earlier run of the same, not repeated: {', '.join(there)}")
+    weights = Weights(checkpoint, placement) if left else None
+    for key, blocks in left.items():
+        run = forward.score(weights, blocks, keep_sets=masks, entropy_topk=entropy_topk, progress=progress)
+        _set_aside([out_dir / f"{label}.json" for label in keep_sets if not entries[label]])
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
         for label, variant in zip(keep_sets, run.variants, strict=True):
-            if not entries[label]:
-                _set_aside(out_dir / f"{label}.json")
             tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
             entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
             # Written after every pass: what is done survives a crash in the next one.
@@ -99,11 +98,19 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
     return entries, tokens
 
 
-def _set_aside(path: Path) -> None:
-    """Keep what a run with other settings has left under this label, until the next one does the same."""
-    for old in (path, results.tokens_path(path)):
-        if old.is_file():
+def _is_left(blocks: Blocks, finished: Iterable[dict]) -> bool:
+    """Whether a pass has to be made: on some rank, some model lacks it, or has it of other rows."""
+    key = (blocks.pack, blocks.seq_len)
+    there = all(key in entries and entries[key]["rows_sha256"] == blocks.rows_sha256 for entries in finished)
+    return bool(ranks.largest(float(not there)))
+
+
+def _set_aside(paths: list[Path]) -> None:
+    """Keep what a run with other settings has left under these labels, until the next one does the same."""
+    if ranks.current()[0] == 0:
+        for old in (file for path in paths for file in (path, results.tokens_path(path)) if file.is_file()):
             old.replace(old.with_name(f"{old.name}.old"))
+    ranks.largest(0.0)  # the other ranks write only after that
 
 
 def _entry(
@@ -141,7 +148,7 @@ def _check_labels(out_dir: Path, metas: dict[str, dict]) -> None:
 def _meta(
     checkpoint: Checkpoint,
     source: PackSource,
-    placement: forward.Placement,
+    placement: Placement,
     label: str,
     keep: KeepSet | None,
 ) -> dict:
@@ -159,7 +166,7 @@ def _meta(
         "pack_files": source.pack_files,
         "engine": f"eaftlib {__version__}",
         "code_sha256": project.code_sha256(),
-        "device": str(placement.device),
+        "device": placement.device.type,
         "dtype": str(placement.dtype).removeprefix("torch."),
         "gpu_name": gpu,
         "torch": torch.__version__,

@@ -1,35 +1,62 @@
 """The experts of one layer, computed once, with the numbers that saliency needs taken on the way.
 
-Registered with transformers' experts interface, so its own gpt-oss modules call it. Tokens are sorted by expert and each
-expert's rows go through its two projections together; on a CPU one expert's activations stay in cache.
+Registered with transformers' experts interface, so its own gpt-oss modules call it. Tokens are sorted by expert. On GPUs
+that have them, grouped products and fused kernels do all experts at once, without the host waiting for the routing;
+elsewhere each expert's rows go through its two projections together, which keeps them in a CPU's cache.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
+
+from .kernels import use_fused
+from .kernels.expert_activation import activate
+from .kernels.expert_combination import combine
 
 NAME = "measured"
 
 
-@dataclass
-class ExpertProbe:
-    """What the experts of one layer did, one entry per micro-batch, each [T, top_k] on the host.
+@dataclass(frozen=True)
+class ExpertTrace:
+    """What the experts did at recorded positions: host tensors [L, R, top_k], rows in order of block and position.
 
     expert uint8: routed ids. gate float32: router weight after the top-k softmax, g. norm float32: ||f_j(x)||_2, the
     output before g, biases included. peak float32: the largest absolute element of that output.
     """
 
-    expert: list[torch.Tensor] = field(default_factory=list)
-    gate: list[torch.Tensor] = field(default_factory=list)
-    norm: list[torch.Tensor] = field(default_factory=list)
-    peak: list[torch.Tensor] = field(default_factory=list)
-    rows: torch.Tensor | None = None  # rows of the coming micro-batch to keep; None keeps all
+    expert: torch.Tensor
+    gate: torch.Tensor
+    norm: torch.Tensor
+    peak: torch.Tensor
 
-    def record(self, expert, gate, norm, peak) -> None:
-        for name, values in (("expert", expert.to(torch.uint8)), ("gate", gate), ("norm", norm), ("peak", peak)):
-            values = values if self.rows is None else values[self.rows]
-            getattr(self, name).append(values.to("cpu", torch.uint8 if name == "expert" else torch.float32))
+    @classmethod
+    def empty(cls, layers: int, rows: int, top_k: int, device: torch.device) -> "ExpertTrace":
+        """Zeros; in pinned memory where a GPU fills them, so that it need not be waited for."""
+        pin, shape = device.type == "cuda", (layers, rows, top_k)
+        measures = [torch.zeros(shape, pin_memory=pin) for _ in range(3)]
+        return cls(torch.zeros(shape, dtype=torch.uint8, pin_memory=pin), *measures)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.expert, self.gate, self.norm, self.peak]
+
+
+@dataclass(frozen=True)
+class ExpertProbe:
+    """Writes one layer's measures of one micro-batch into a trace: of its tokens ``rows``, from the trace's row ``first``."""
+
+    trace: ExpertTrace
+    layer: int
+    first: int
+    rows: torch.Tensor
+
+    def record(self, *measures: torch.Tensor) -> None:
+        """expert, gate, norm, peak, each [T, top_k] on the device; on a GPU the copies are only started."""
+        for target, values in zip(self.trace.tensors, measures, strict=True):
+            target = target[self.layer, self.first : self.first + len(self.rows)]
+            target.copy_(values[self.rows].to(target.dtype), non_blocking=True)
 
 
 def experts_forward(self, hidden_states, top_k_index, top_k_weights):
@@ -37,9 +64,32 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
     If the module carries ``probe``, the routed pairs' measures are recorded there.
     """
-    tokens, top_k = top_k_index.shape
     probe = getattr(self, "probe", None)
-    order = top_k_index.flatten().argsort(stable=True)  # pairs sorted by expert
+    grouped = use_fused(hidden_states.device) and hidden_states.dtype == torch.bfloat16
+    compute = _all_at_once if grouped else _one_by_one
+    combined, norm, peak = compute(self, hidden_states, top_k_index, top_k_weights, probe is not None)
+    if probe is not None:
+        probe.record(top_k_index, top_k_weights, norm, peak)
+    return combined
+
+
+def _all_at_once(self, hidden_states, top_k_index, top_k_weights, measure):
+    tokens, top_k = top_k_index.shape
+    expert, order = top_k_index.flatten().to(torch.uint8).sort(stable=True)  # one radix pass
+    ids = torch.arange(self.num_experts, dtype=torch.uint8, device=expert.device)
+    ends = torch.searchsorted(expert, ids, right=True, out_int32=True)
+    row_of_pair = torch.empty_like(order)
+    row_of_pair[order] = torch.arange(len(order), device=order.device)
+    gate_up = F.grouped_mm(hidden_states[order // top_k], self.gate_up_proj, offs=ends)
+    activated = activate(gate_up, self.gate_up_proj_bias, expert, self.limit, self.alpha)
+    del gate_up
+    outputs = F.grouped_mm(activated, self.down_proj, offs=ends)
+    return combine(outputs, row_of_pair.view(tokens, top_k), top_k_index, top_k_weights, self.down_proj_bias, measure)
+
+
+def _one_by_one(self, hidden_states, top_k_index, top_k_weights, measure):
+    tokens, top_k = top_k_index.shape
+    order = top_k_index.flatten().argsort(stable=True)
     counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
     outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[1])
     for expert, rows in enumerate(order.split(counts)):
@@ -48,11 +98,11 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
         gate_up = torch.addmm(self.gate_up_proj_bias[expert], hidden_states[rows // top_k], self.gate_up_proj[expert])
         outputs[rows] = torch.addmm(self.down_proj_bias[expert], self._apply_gate(gate_up), self.down_proj[expert])
     outputs = outputs.view(tokens, top_k, -1)
-    if probe is not None:
-        measured = outputs.float()
-        norm = torch.linalg.vector_norm(measured, dim=-1)
-        probe.record(top_k_index, top_k_weights, norm, measured.abs().amax(-1))
-    return torch.einsum("tkh,tk->th", outputs, top_k_weights)
+    combined = torch.einsum("tkh,tk->th", outputs, top_k_weights)
+    if not measure:
+        return combined, None, None
+    measured = outputs.float()
+    return combined, torch.linalg.vector_norm(measured, dim=-1), measured.abs().amax(-1)
 
 
 ExpertsInterface.register(NAME, experts_forward)

@@ -1,7 +1,7 @@
 """One pass of a model over blocks: layer by layer, several keep-sets at once, statistics of every kept token."""
 
-import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,27 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import ranks
 from .checkpoint import Checkpoint
+from .devices import free_bytes
 from .errors import ParameterError, ScoringError
-from .experts import ExpertProbe
+from .experts import ExpertProbe, ExpertTrace
+from .hidden_states import InHostMemory, OnDevice
 from .kernels import token_statistics as kernel
 from .packs import Blocks
+from .weights import Weights
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-RESIDENT_SHARE = 0.6  # of free memory that decoded weights may take and stay
-HOST_SHARE = 0.6  # of free host memory that waiting hidden states may take
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which type a model runs, and why."""
-
-    device: torch.device
-    dtype: torch.dtype
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
+HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
 
 @dataclass(frozen=True)
@@ -51,57 +43,32 @@ class Pass:
 
     variants: list[TokenStatistics]
     seconds: float
-    tokens_per_second: float  # positions run through the model, all keep-sets together, per second
+    tokens_per_second: float  # positions run through the model, all keep-sets and ranks together, per second
     peak_device_bytes: int | None
-
-
-def place(device: str = "auto", dtype: str = "auto") -> Placement:
-    """Resolve ``auto``: a GPU where there is one; bfloat16 where the hardware computes it, else float32."""
-    reasons = []
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        reasons.append("a GPU is present" if device == "cuda" else "no GPU is present")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ParameterError(f"device: found {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ParameterError(f"device: {device!r} was asked for, but PyTorch sees no GPU. Use 'auto' or 'cpu'.")
-    if dtype == "auto":
-        if resolved.type == "cpu":
-            dtype, why = "float32", "a CPU is exact in it at little cost"
-        elif torch.cuda.get_device_capability(resolved) >= (8, 0):
-            dtype, why = "bfloat16", "the type the model was published in"
-        else:
-            dtype, why = "float32", "this GPU lacks bfloat16, and float16 overflows on gpt-oss"
-        reasons.append(f"{dtype}: {why}")
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in types:
-        raise ParameterError(f"dtype: found {dtype!r}, expected 'auto' or one of {sorted(types)}")
-    return Placement(resolved, types[dtype], "; ".join(reasons) or "as asked")
+    experts: ExpertTrace | None  # of the recorded positions, where it was asked for
 
 
 def score(
-    checkpoint: Checkpoint,
+    weights: Weights,
     blocks: Blocks,
-    placement: Placement,
     *,
     keep_sets: Sequence[np.ndarray | None] = (None,),
     entropy_topk: int = 20,
-    probes: list[ExpertProbe] | None = None,
+    record_experts: bool = False,
     progress: bool = True,
 ) -> Pass:
     """Run every block through the model, once per keep-set, and return the statistics of its kept tokens.
 
     keep_sets: for each variant None (the whole model) or bool [num_layers, num_experts], false where an expert's
-    router logit becomes minus infinity. probes: one ExpertProbe per layer, filled for the positions that a kept token or
-    its predictor occupies; only with a single keep-set. Raises ScoringError at a token without finite statistics.
+    router logit becomes minus infinity. record_experts: also return what every expert did at ``recorded_positions``; only
+    with a single keep-set. Where several ranks run, each takes its share of the micro-batches and all return the whole. Raises
+    ScoringError at a token without finite statistics, or where one block alone exceeds the memory.
     """
-    check_request(checkpoint, [blocks.seq_len], entropy_topk)
-    if probes is not None and len(keep_sets) != 1:
-        raise ValueError("probes measure one model: pass a single keep-set")
+    check_request(weights.checkpoint, [blocks.seq_len], entropy_topk)
+    if record_experts and len(keep_sets) != 1:
+        raise ValueError("experts are recorded for one model: pass a single keep-set")
     with torch.inference_mode():
-        run = _Run(checkpoint, blocks, placement, keep_sets, entropy_topk, probes)
-        return run.run(progress)
+        return _Run(weights, blocks, keep_sets, entropy_topk, record_experts).run(progress)
 
 
 def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk: int) -> None:
@@ -114,165 +81,208 @@ def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk:
         raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {vocabulary}, the vocabulary")
 
 
-def probed_positions(blocks: Blocks) -> np.ndarray:
-    """bool [num_blocks, seq_len]: where a kept token stands or is predicted, the positions that probes record."""
+def recorded_positions(blocks: Blocks) -> np.ndarray:
+    """bool [num_blocks, seq_len]: where a kept token stands or is predicted, the positions where experts are recorded."""
     mask = blocks.kept.copy()
     mask[:, :-1] |= blocks.kept[:, 1:]
     return mask
 
 
 class _Run:
-    """State of one pass. A wave of blocks goes through all layers before the next wave starts.
+    """State of one pass. A wave of blocks goes through all layers before the next wave starts, micro-batch by micro-batch.
 
-    Where all decoded layers fit they stay, and a wave is one micro-batch. Otherwise a wave is all blocks whose hidden
-    states fit into host memory: each layer is read once per wave and every block of it goes through.
+    Where all decoded layers stay on the device, a wave is one micro-batch. Otherwise a wave is all blocks whose hidden
+    states can wait, on the device or in host memory: each layer is read once per wave.
     """
 
-    def __init__(self, checkpoint, blocks, placement, keep_sets, entropy_topk, probes):
-        self.checkpoint, self.blocks, self.keep_sets = checkpoint, blocks, keep_sets
-        self.device, self.dtype = placement.device, placement.dtype
-        self.entropy_topk, self.probes = entropy_topk, probes
+    def __init__(self, weights, blocks, keep_sets, entropy_topk, record_experts):
+        self.weights, self.blocks, self.keep_sets, self.entropy_topk = weights, blocks, keep_sets, entropy_topk
+        self.device, self.dtype = weights.device, weights.dtype
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.kept = torch.from_numpy(blocks.kept)
-        self.recorded = torch.from_numpy(probed_positions(blocks))
-        self.resident = decoded_bytes(checkpoint, self.dtype) <= RESIDENT_SHARE * free_bytes(self.device)
-        self.layers: dict = {}
-        self.rotary = checkpoint.rotary(self.device)
-        self.norm = checkpoint.final_norm(self.device, self.dtype)
-        # A CPU has no product of half-precision inputs into float32 logits, so its head is converted, once.
-        self.lm_head = checkpoint.lm_head(self.device, torch.float32 if self.device.type == "cpu" else self.dtype)
-        self.embedding = checkpoint.embedding(self.device, self.dtype)
-        self.biases = [self._masked_biases(layer) for layer in range(checkpoint.num_layers)]
+        self.kept_before = _before(self.kept)
+        # Blocks at once, and tokens with logits at once; both are halved when memory is short.
+        self.batch = min(max(1, MICRO_BATCH_TOKENS[self.device.type] // blocks.seq_len), len(self.tokens))
+        layers = weights.checkpoint.num_layers
+        self.biases = [[weights.router_bias(layer, keep) for keep in keep_sets] for layer in range(layers)]
+        self.base = next((v for v, keep in enumerate(keep_sets) if keep is None), None)
+        self.compare = self.base is not None and len(keep_sets) > 1
+        self.slice = kernel.slice_rows(weights.lm_head.shape[0], self.device)
+        # Rows of nll, entropy and, where the whole model is among the variants, KL and same arg-max.
+        self.statistics = torch.zeros(len(keep_sets), 4 if self.compare else 2, int(self.kept.sum()))
+        self.experts = None
+        if record_experts:
+            self.recorded = torch.from_numpy(recorded_positions(blocks))
+            self.recorded_before = _before(self.recorded)
+            rows = int(self.recorded.sum())
+            self.experts = ExpertTrace.empty(layers, rows, weights.checkpoint.top_k, self.device)
 
     def run(self, progress: bool) -> Pass:
-        per_wave = max(1, MICRO_BATCH_TOKENS[self.device.type] // self.blocks.seq_len)
-        batches = torch.arange(len(self.tokens)).split(per_wave)
-        waves = self._waves(batches)
-        collected: list[list[tuple]] = [[] for _ in self.keep_sets]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        total = self.tokens.numel() * len(self.keep_sets)
         started = time.perf_counter()
-        with _progress_bar(total, self.blocks, len(self.keep_sets), progress) as advance:
+        waves = self._waves()
+        total = sum(map(len, waves)) * self.blocks.seq_len * len(self.keep_sets)
+        with _progress_bar(total, self._name(), progress and ranks.current()[0] == 0) as advance:
             for wave in waves:
-                for batch, hidden in self._through_layers(wave, advance):
-                    self._collect(batch, hidden, collected)
-        seconds = time.perf_counter() - started
+                self._through_layers(wave, advance)
+        ranks.add_up([self.statistics, *(self.experts.tensors if self.experts else ())])
+        seconds = ranks.largest(time.perf_counter() - started)
+        rate = self.tokens.numel() * len(self.keep_sets) / seconds
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        return Pass([_concatenate(parts) for parts in collected], seconds, total / seconds, peak)
+        return Pass([_token_statistics(rows) for rows in self.statistics], seconds, rate, peak, self.experts)
 
-    def _waves(self, batches: tuple[torch.Tensor, ...]) -> list[list[torch.Tensor]]:
-        if self.resident:
-            return [[batch] for batch in batches]
-        hidden_size = self.checkpoint.config.hidden_size
-        batch_bytes = batches[0].numel() * self.blocks.seq_len * hidden_size * self.dtype.itemsize * len(self.keep_sets)
-        per_wave = max(1, int(HOST_SHARE * free_bytes(torch.device("cpu")) // batch_bytes))
-        return [list(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
+    def _name(self) -> str:
+        variants = f" x {len(self.keep_sets)} models" if len(self.keep_sets) > 1 else ""
+        return f"{self.blocks.pack} {self.blocks.seq_len}{variants}"
 
-    def _through_layers(self, wave: list[torch.Tensor], advance) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """(block ids, one hidden state [B, S, H] per variant) for each micro-batch of the wave."""
-        parked = self.device if self.resident else torch.device("cpu")
-        states = []
-        for batch in wave:
-            embedded = self.embedding[self.tokens[batch].to(self.device)].to(parked)
-            states.append([embedded for _ in self.keep_sets])
-        length = self.blocks.seq_len
-        positions = torch.arange(length, device=self.device)[None]
-        rotary = self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), positions)
-        for index in range(self.checkpoint.num_layers):
-            layer = self._layer(index)
-            for batch, variants in zip(wave, states, strict=True):
-                if self.probes is not None:
-                    layer.mlp.experts.probe = self.probes[index]
-                    self.probes[index].rows = self.recorded[batch].flatten().to(self.device)
-                for v, bias in enumerate(self.biases[index]):
-                    layer.mlp.router.bias.data = bias
-                    hidden = variants[v].to(self.device)
-                    variants[v] = layer(hidden, position_ids=positions, position_embeddings=rotary).to(parked)
-                    advance(batch.numel() * length / self.checkpoint.num_layers)
+    def _waves(self) -> list[torch.Tensor]:
+        """Ids of the blocks of each wave, in order. A rank takes a run of micro-batches, each composed as it would be alone."""
+        rank, size = ranks.current()
+        batches = torch.arange(len(self.tokens)).split(self.batch)
+        batches = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
+        if self.weights.resident or not batches:
+            return list(batches)
+        room = HOST_SHARE * free_bytes(torch.device("cpu"))
+        per_wave = max(1, int(room // self._state_bytes(len(batches[0]))))
+        return [torch.cat(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
+
+    def _state_bytes(self, num_blocks: int) -> int:
+        width = self.weights.embedding.shape[1]
+        return num_blocks * self.blocks.seq_len * width * self.dtype.itemsize * len(self.keep_sets)
+
+    def _embed(self, wave: torch.Tensor) -> OnDevice | InHostMemory:
+        weights, variants = self.weights, len(self.keep_sets)
+        ids = self.tokens[wave].to(weights.embedding.device)
+        room = DEVICE_SHARE * free_bytes(self.device, weights.placement.max_bytes)
+        if weights.resident or self.device.type == "cpu" or self._state_bytes(len(wave)) <= room:
+            embedded = weights.embedding[ids].to(self.device)
+            return OnDevice([embedded, *(embedded.clone() for _ in range(variants - 1))])
+        shape = (*ids.shape, weights.embedding.shape[1])
+        values = [torch.empty(shape, dtype=self.dtype, pin_memory=True) for _ in range(variants)]
+        for value in values:
+            torch.index_select(weights.embedding, 0, ids.flatten(), out=value.view(-1, shape[-1]))
+        return InHostMemory(values, self.device)
+
+    def _through_layers(self, wave: torch.Tensor, advance) -> None:
+        states = self._embed(wave)
+        positions = torch.arange(self.blocks.seq_len, device=self.device)[None]
+        rotary = self.weights.rotary(torch.empty(0, dtype=self.dtype, device=self.device), positions)
+        for index, layer in self.weights.layers():
+            for variant, bias in enumerate(self.biases[index]):
+                layer.mlp.router.bias.data = bias
+
+                def through_layer(rows: slice, index=index, layer=layer, variant=variant) -> None:
+                    hidden = states.fetch(variant, rows)
+                    self._announce_next(states, variant, rows, len(wave))
+                    layer.mlp.experts.probe = self.experts and self._probe(index, wave[rows])
+                    hidden = layer(hidden, position_ids=positions, position_embeddings=rotary)
+                    states.store(variant, rows, hidden)
+
+                for rows in self._micro_batches(len(wave), through_layer):
+                    advance((rows.stop - rows.start) * self.blocks.seq_len / len(self.biases))
+                del through_layer
             layer.mlp.experts.probe = None
-            del layer  # a streamed layer goes before the next one is decoded
-        for batch, variants in zip(wave, states, strict=True):
-            yield batch, [self.norm(hidden.to(self.device)) for hidden in variants]
+            del layer
 
-    def _collect(self, batch: torch.Tensor, hidden: list[torch.Tensor], collected: list[list[tuple]]) -> None:
-        """Statistics of a micro-batch's kept tokens, a slice of tokens at a time, appended per variant."""
-        kept = self.kept[batch]
-        predictors = kept.roll(-1, dims=1)  # position 0 is never kept, so nothing wraps around
-        targets = self.tokens[batch][kept].to(self.device)
-        selected = [h[predictors.to(self.device)] for h in hidden]
-        rows = kernel.slice_rows(self.checkpoint.config.vocab_size, self.device)
-        base = next((v for v, keep in enumerate(self.keep_sets) if keep is None), None)
-        compare = base is not None and len(self.keep_sets) > 1
-        where = torch.stack([batch[kept.nonzero()[:, 0]], kept.nonzero()[:, 1]], dim=1)
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
+        def collect(rows: slice) -> None:
+            hidden = [self.weights.norm(states.fetch(v, rows)) for v in range(len(self.keep_sets))]
+            self._collect(wave[rows], hidden)
+
+        for _ in self._micro_batches(len(wave), collect):
+            pass
+
+    def _announce_next(self, states: OnDevice | InHostMemory, variant: int, rows: slice, count: int) -> None:
+        """Have the next hidden states brought to the device while these are computed."""
+        if rows.stop < count:
+            states.prefetch(variant, slice(rows.stop, min(rows.stop + self.batch, count)))
+        elif variant + 1 < len(self.keep_sets):
+            states.prefetch(variant + 1, slice(0, min(self.batch, count)))
+
+    def _micro_batches(self, count: int, work) -> Iterator[slice]:
+        """Do ``work(rows)`` for all rows of a wave; where memory runs out, again with half as many, and so from then on."""
+        start = 0
+        while start < count:
+            rows = slice(start, min(start + self.batch, count))
+            try:
+                work(rows)
+            except torch.OutOfMemoryError as error:
+                self._retreat(error)
+                continue
+            yield rows
+            start = rows.stop
+
+    def _retreat(self, error: torch.OutOfMemoryError) -> None:
+        if self.batch == 1:
+            raise ScoringError(
+                f"{self.device} has too little memory for one block of {self.blocks.seq_len} tokens: {error}. Use shorter "
+                "sequences, raise max_gpu_memory, or free the memory other programs hold."
+            ) from error
+        self.batch //= 2
+        self.slice = max(1, self.slice // 2)
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"{self.device} ran out of memory: going on with {self.batch} blocks of {self.blocks.seq_len} at once",
+            stacklevel=2,
+        )
+
+    def _probe(self, layer: int, batch: torch.Tensor) -> ExpertProbe:
+        rows = self.recorded[batch].flatten().nonzero().squeeze(1).to(self.device)
+        return ExpertProbe(self.experts, layer, int(self.recorded_before[batch[0]]), rows)
+
+    def _collect(self, batch: torch.Tensor, hidden: list[torch.Tensor]) -> None:
+        """Statistics of a micro-batch's kept tokens, a slice of tokens at a time."""
+        kept = self.kept[batch].flatten().nonzero().squeeze(1)
+        targets = self.tokens[batch].flatten()[kept].to(self.device)
+        predictors = (kept - 1).to(self.device)  # position 0 is never kept: the token before is of the same block
+        hidden = [h.flatten(0, 1)[predictors] for h in hidden]
+        collected: list[list[torch.Tensor]] = [[] for _ in hidden]
+        order = sorted(range(len(hidden)), key=lambda v: v != self.base)  # the base first
+        for start in range(0, len(targets), self.slice):
+            part = slice(start, start + self.slice)
             reference = None
-            order = sorted(range(len(selected)), key=lambda v: v != base)  # the base first
             for v in order:
-                logits = kernel.logits_of(selected[v][part], self.lm_head)
-                nll, entropy = kernel.token_statistics(logits, targets[part], self.entropy_topk)
-                _require_finite(nll, entropy, where[part])
-                entry = (nll, entropy)
-                if compare:
+                logits = kernel.logits_of(hidden[v][part], self.weights.lm_head)
+                rows = kernel.token_statistics(logits, targets[part], self.entropy_topk)
+                if self.compare:
                     reference = reference or kernel.Reference(logits)
-                    entry += reference.compare(logits)
-                collected[v].append(tuple(x.cpu() for x in entry))
+                    rows += reference.compare(logits)
+                collected[v].append(torch.stack([row.float() for row in rows]))
+        first = int(self.kept_before[batch[0]])
+        for v, parts in enumerate(collected):
+            if parts:
+                values = torch.cat(parts, dim=1).cpu()
+                self.statistics[v, :, first : first + len(kept)] = values
+                self._require_finite(values, first)
 
-    def _layer(self, index: int):
-        if index in self.layers:
-            return self.layers[index]
-        layer = self.checkpoint.layer(index, self.device, self.dtype)
-        if self.resident:
-            self.layers[index] = layer
-        return layer
-
-    def _masked_biases(self, layer: int) -> list[torch.Tensor]:
-        bias = self.checkpoint.tensor(f"model.layers.{layer}.mlp.router.bias").to(self.device, self.dtype)
-        masks = (None if keep is None else torch.from_numpy(keep[layer]).to(self.device) for keep in self.keep_sets)
-        return [bias if mask is None else bias.masked_fill(~mask, float("-inf")) for mask in masks]
-
-
-def decoded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of all layers once MXFP4 is decoded to ``dtype``."""
-    values = 0
-    for name in checkpoint.names:
-        if ".layers." in name and not name.endswith("_scales"):
-            values += int(np.prod(checkpoint.shape(name))) * (2 if name.endswith("_blocks") else 1)
-    return values * dtype.itemsize
+    def _require_finite(self, values: torch.Tensor, first: int) -> None:
+        bad = ~torch.isfinite(values[:2]).all(0)
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            block, position = self.kept.nonzero()[first + at].tolist()
+            nll, entropy = values[:2, at].tolist()
+            raise ScoringError(
+                f"block {block}, position {position}: nll {nll}, entropy {entropy}; expected finite values "
+                f"({int(bad.sum())} bad tokens in this micro-batch). The weights hold NaN or Inf, or {self.dtype} overflowed: "
+                "verify the checkpoint, or run with dtype float32."
+            )
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    import psutil
+def _before(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [num_blocks]: how many positions of ``mask`` lie in earlier blocks."""
+    counts = mask.sum(1)
+    return counts.cumsum(0) - counts
 
-    return psutil.virtual_memory().available
+
+def _token_statistics(rows: torch.Tensor) -> TokenStatistics:
+    nll, entropy, *compared = rows.numpy()
+    return TokenStatistics(nll, entropy, compared[0], compared[1] > 0) if compared else TokenStatistics(nll, entropy)
 
 
 @contextmanager
-def _progress_bar(total: int, blocks: Blocks, variants: int, shown: bool):
+def _progress_bar(total: int, name: str, shown: bool):
     from tqdm import tqdm
 
-    name = f"{blocks.pack} {blocks.seq_len}" + (f" x {variants} models" if variants > 1 else "")
     with tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not shown, mininterval=0.5) as bar:
-        yield lambda tokens: bar.update(
-            min(tokens, total - bar.n)
-        )  # shares of layers add up past the total by rounding
-
-
-def _require_finite(nll: torch.Tensor, entropy: torch.Tensor, where: torch.Tensor) -> None:
-    bad = ~(torch.isfinite(nll) & torch.isfinite(entropy))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        block, position = where[first].tolist()
-        raise ScoringError(
-            f"block {block}, position {position}: nll {nll[first].item()}, entropy {entropy[first].item()}; expected "
-            f"finite values ({int(bad.sum())} bad tokens in this slice). The weights hold NaN or Inf, or {nll.dtype} "
-            "overflowed: verify the checkpoint, or run with dtype float32."
-        )
-
-
-def _concatenate(parts: list[tuple]) -> TokenStatistics:
-    return TokenStatistics(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+        # Shares of layers add up past the total by rounding.
+        yield lambda tokens: bar.update(min(tokens, total - bar.n))

@@ -9,6 +9,7 @@ import itertools
 import torch
 
 from .errors import CheckpointError
+from .kernels import use_fused
 
 GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,8 +27,13 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
             f"MXFP4 blocks {tuple(blocks.shape)} {blocks.dtype} do not fit scales {tuple(scales.shape)} {scales.dtype}: "
             f"expected uint8 [..., G, {GROUP // 2}] and uint8 [..., G]. The checkpoint is damaged; fetch it again."
         )
-    table = _byte_table(blocks.device)
     values = torch.empty((*scales.shape, GROUP), dtype=dtype, device=blocks.device)
+    if use_fused(blocks.device):
+        from .kernels.fused import mxfp4
+
+        mxfp4.decode(blocks, scales, values)
+        return values.flatten(-2)
+    table = _byte_table(blocks.device)
     for block, scale, value in zip(blocks, scales, values, strict=True):  # one expert's float32 values at a time
         exponents = (scale.int() - _SCALE_BIAS)[..., None, None]
         value.copy_(torch.ldexp(table[block.int()], exponents).flatten(-2))

@@ -69,6 +69,7 @@ class Rank(Parameters):
     align: Literal["predictor", "token"]
     device: str
     dtype: str
+    max_gpu_memory: Annotated[float, Field(gt=0)] | None
     seed: int
     out_dir: str
 
@@ -131,6 +132,7 @@ class Evaluate(Parameters):
     cc_quantile: Share
     device: str
     dtype: str
+    max_gpu_memory: Annotated[float, Field(gt=0)] | None
     out_dir: str
 
     @field_validator("keep_set", mode="before")

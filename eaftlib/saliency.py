@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 
 from . import forward
 from .checkpoint import Checkpoint
+from .devices import Placement
 from .errors import ParameterError, ResultError
-from .experts import ExpertProbe
 from .files import write_atomically, write_json
 from .packs import Blocks
+from .weights import Weights
 
 SCHEMA = "eaft-ranking/1"
 ALIGNMENTS = ("predictor", "token")
@@ -35,7 +36,7 @@ class Trace:
 
     nll, entropy float32 [N] per kept token. predictor_row, token_row int64 [N]: the recorded row where the token is
     predicted (position t-1) and where it stands (t). expert uint8, gate, norm, peak float32 [L, R, top_k] per recorded
-    row, see ExpertProbe. provenance: what it came from.
+    row, see ExpertTrace. provenance: what it came from.
     """
 
     nll: np.ndarray
@@ -75,30 +76,27 @@ class Trace:
 def trace(
     checkpoint: Checkpoint,
     blocks: Blocks,
-    placement: forward.Placement,
+    placement: Placement,
     *,
     entropy_topk: int = 20,
     progress: bool = True,
 ) -> tuple[Trace, forward.Pass]:
     """One pass over calibration blocks that records every routed pair."""
-    probes = [ExpertProbe() for _ in range(checkpoint.num_layers)]
-    run = forward.score(checkpoint, blocks, placement, entropy_topk=entropy_topk, probes=probes, progress=progress)
-    recorded = forward.probed_positions(blocks)
+    weights = Weights(checkpoint, placement)
+    run = forward.score(weights, blocks, entropy_topk=entropy_topk, record_experts=True, progress=progress)
+    recorded = forward.recorded_positions(blocks)
     row_of = np.cumsum(recorded.ravel()).reshape(recorded.shape) - 1  # recorded rows in block order
     block, position = np.nonzero(blocks.kept)
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([np.concatenate([part.numpy() for part in getattr(probe, name)]) for probe in probes])
-
+    expert, gate, norm, peak = (tensor.numpy() for tensor in run.experts.tensors)
     result = Trace(
         nll=run.variants[0].nll,
         entropy=run.variants[0].entropy,
         predictor_row=row_of[block, position - 1],
         token_row=row_of[block, position],
-        expert=stacked("expert"),
-        gate=stacked("gate"),
-        norm=stacked("norm"),
-        peak=stacked("peak"),
+        expert=expert,
+        gate=gate,
+        norm=norm,
+        peak=peak,
         num_experts=checkpoint.num_experts,
         provenance={
             "model_id": checkpoint.model_id,
@@ -112,7 +110,7 @@ def trace(
             "num_blocks": len(blocks.tokens),
             "kept_tokens": int(blocks.kept.sum()),
             "entropy_topk": entropy_topk,
-            "device": str(placement.device),
+            "device": placement.device.type,
             "dtype": str(placement.dtype).removeprefix("torch."),
         },
     )

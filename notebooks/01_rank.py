@@ -40,6 +40,7 @@ w_conflict = -2.0
 align = "predictor"  # a token's weight goes to the experts that predicted it (position t-1)
 device = "auto"
 dtype = "auto"
+max_gpu_memory = None  # GB; None: all that is free. Layers that do not fit are streamed
 seed = 0
 out_dir = "outputs/by-hand/rank"
 
@@ -49,7 +50,7 @@ from pathlib import Path
 import numpy as np
 from IPython import get_ipython
 
-from eaftlib import figures, forward, params, project, saliency
+from eaftlib import devices, figures, params, project, saliency
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.packs import UNION, PackSource, pack_blocks
 
@@ -64,7 +65,7 @@ p = params.Rank.from_notebook(get_ipython())
 # %%
 checkpoint = Checkpoint(p.model)
 source = PackSource(p.packs, p.pack_files)
-placement = forward.place(p.device, p.dtype)
+placement = devices.place(p.device, p.dtype, p.max_gpu_memory)
 print(f"{checkpoint.num_layers} layers x {checkpoint.num_experts} experts, top {checkpoint.top_k}, on {placement}")
 
 # %%

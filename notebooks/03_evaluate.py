@@ -36,6 +36,7 @@ entropy_topk = 20
 cc_quantile = 0.15
 device = "auto"
 dtype = "auto"
+max_gpu_memory = None  # GB; None: all that is free. Layers that do not fit are streamed
 out_dir = "outputs/by-hand/evaluate"
 
 # %%
@@ -43,7 +44,7 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 
-from eaftlib import evaluation, figures, forward, keepsets, params, project, results
+from eaftlib import devices, evaluation, figures, keepsets, params, project, results
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.packs import PackSource
 
@@ -56,7 +57,7 @@ p = params.Evaluate.from_notebook(get_ipython())
 # %%
 checkpoint = Checkpoint(p.model)
 source = PackSource(p.packs, p.pack_files)
-placement = forward.place(p.device, p.dtype)
+placement = devices.place(p.device, p.dtype, p.max_gpu_memory)
 keep_sets = {label: how and keepsets.from_ranking(checkpoint, **how) for label, how in p.keep_sets.items()}
 print(f"{len(keep_sets)} model(s) on {', '.join(p.only or source.names)} at {p.seq_lens}, on {placement}")
 

@@ -12,15 +12,26 @@ import kaggle_server
 import pytest
 import requests
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: they then run on the CPU, one program at a time
+
 import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from eaftlib import forward
+from eaftlib import devices
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.evaluation import evaluate
 from eaftlib.kaggle import build
 from eaftlib.packs import PackSource, pack_blocks
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("suite")
@@ -60,7 +71,7 @@ def blocks(source, tokenizer):
 
 @pytest.fixture(scope="session")
 def cpu():
-    return forward.Placement(torch.device("cpu"), torch.float32, "tests")
+    return devices.Placement(torch.device("cpu"), torch.float32, "tests")
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_attention_forward
 
-from eaftlib.attention import attention_with_sinks
+from eaftlib.attention import FusedAttention, attention_with_sinks
 
 WINDOW = 16
 
@@ -101,3 +101,27 @@ def test_masks_and_dropout_are_refused():
     for mask, dropout in ((torch.zeros(1, 1, 4, 4), 0.0), (None, 0.1)):
         with pytest.raises(NotImplementedError, match="no attention mask, no dropout"):
             attention_with_sinks(None, query, key, value, mask, 0.2, dropout=dropout, s_aux=sinks)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["sliding", "full"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_fused_module_is_transformers_module(checkpoint, layer, transposed):
+    """Weights, rotary embedding, sinks and output projection; angles in either layout, as transformers' versions make them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
+    config._attn_implementation = "eager"
+    theirs, ours = GptOssAttention(config, layer), FusedAttention(config, layer)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    ours.load_state_dict(theirs.state_dict())
+    hidden = torch.randn(2, 40, config.hidden_size, generator=generator)
+    positions = torch.arange(40)[None]
+    cos, sin = checkpoint.rotary(torch.device("cpu"))(hidden, positions)
+    mask = torch.zeros(40, 40).masked_fill(~visible(40, theirs.sliding_window), float("-inf"))[None, None]
+    with torch.inference_mode():
+        expected = theirs(hidden, (cos, sin), mask)[0]
+        angles = [x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x for x in (cos, sin)]
+        half = [x.to(device, torch.float16) for x in (hidden, *angles)]
+        found = ours.to(device, torch.float16)(half[0], tuple(half[1:]))[0].float().cpu()
+    assert (found - expected).norm() / expected.norm() < 3e-3

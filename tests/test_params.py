@@ -10,7 +10,7 @@ from eaftlib.params import Evaluate, Prune, Rank, Report
 RANK = {
     "model": "m", "packs": "p", "pack_files": None, "rows": "all", "seq_len": 64, "num_blocks": 2, "criteria": ["reap"],
     "entropy_topk": 20, "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 0.25, "w_conflict": -2.0,
-    "align": "predictor", "device": "auto", "dtype": "auto", "seed": 0, "out_dir": "o",
+    "align": "predictor", "device": "auto", "dtype": "auto", "max_gpu_memory": None, "seed": 0, "out_dir": "o",
 }  # fmt: skip
 PRUNE = {
     "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
@@ -19,6 +19,7 @@ PRUNE = {
 EVALUATE = {
     "model": "m", "label": "base", "keep_set": None, "packs": "p", "pack_files": None, "only": None, "rows": "all",
     "seq_lens": [64, 128], "num_blocks": 2, "entropy_topk": 20, "cc_quantile": 0.15, "device": "auto", "dtype": "auto",
+    "max_gpu_memory": 16.0,
     "out_dir": "o",
 }  # fmt: skip
 REPORT = {"results": ["a"], "baseline": "base", "gates": "g", "out_dir": "o"}

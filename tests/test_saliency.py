@@ -14,6 +14,7 @@ from eaftlib import forward, saliency
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.kernels import token_statistics as kernel
 from eaftlib.saliency import RegionWeights, Trace, criterion_scores, expert_sums, rank_experts, token_weights
+from eaftlib.weights import Weights
 
 WEIGHTS = RegionWeights(good=1.0, uncertain=0.25, conflict=-2.0)
 COLUMNS = (
@@ -28,7 +29,7 @@ def trace(request, checkpoint, blocks, cpu):
         patch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
         patch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
         if request.param == "streamed":
-            patch.setattr(forward, "RESIDENT_SHARE", 0)
+            patch.setattr("eaftlib.weights.RESIDENT_SHARE", 0)
         yield saliency.trace(checkpoint, blocks, cpu, progress=False)[0]
 
 
@@ -101,7 +102,7 @@ def test_the_two_alignments_differ(trace, blocks):
 
 
 def test_a_trace_scores_tokens_as_a_plain_pass_does(trace, checkpoint, blocks, cpu):
-    plain = forward.score(checkpoint, blocks, cpu, progress=False).variants[0]
+    plain = forward.score(Weights(checkpoint, cpu), blocks, progress=False).variants[0]
     np.testing.assert_allclose(trace.nll, plain.nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(trace.entropy, plain.entropy, rtol=1e-5, atol=1e-5)
 

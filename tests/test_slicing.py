@@ -16,6 +16,7 @@ from eaftlib.checkpoint import Checkpoint
 from eaftlib.errors import CheckpointError
 from eaftlib.keepsets import KeepSet
 from eaftlib.slicing import checkpoint_sizes, keep_all, prune
+from eaftlib.weights import Weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -70,8 +71,8 @@ def test_logits_equal_the_original_with_masked_routers(pruned, keep, blocks, hf_
 
 
 def test_the_pruned_checkpoint_scores_as_its_keep_set_does(checkpoint, pruned, keep, blocks, cpu):
-    written = forward.score(Checkpoint(str(pruned)), blocks, cpu, progress=False).variants[0]
-    masked = forward.score(checkpoint, blocks, cpu, keep_sets=[keep.mask], progress=False).variants[0]
+    written = forward.score(Weights(Checkpoint(str(pruned)), cpu), blocks, progress=False).variants[0]
+    masked = forward.score(Weights(checkpoint, cpu), blocks, keep_sets=[keep.mask], progress=False).variants[0]
     np.testing.assert_allclose(written.nll, masked.nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(written.entropy, masked.entropy, rtol=1e-5, atol=1e-5)
 

@@ -4,13 +4,21 @@ import math
 
 import torch
 
+from . import use_fused
+
+MAX_FUSED_K = 32  # the top logits of a row that one program keeps
+
 # Logits held at once: few enough to stay in a CPU's cache, enough to feed a GPU's matrix units.
-SLICE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+SLICE_BYTES = {"cpu": 8 << 20, "cuda": 1600 << 20}
 
 
 def slice_rows(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' float32 logits make one slice."""
-    return max(1, SLICE_BYTES[device.type] // (4 * vocab_size))
+    """How many tokens' float32 logits make one slice: never above 1/24 of the GPU memory that this process may take."""
+    room = SLICE_BYTES[device.type]
+    if device.type == "cuda":
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        room = min(room, int(share * torch.cuda.get_device_properties(device).total_memory) // 24)
+    return max(1, room // (4 * vocab_size))
 
 
 def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
@@ -28,6 +36,10 @@ def token_statistics(
     nll = logsumexp(z) - z[target]. entropy: of the softmax over the top K logits renormalised among themselves,
     divided by ln K, in [0, 1]; NaN logits give NaN.
     """
+    if use_fused(logits.device) and entropy_topk <= MAX_FUSED_K:
+        from .fused import token_statistics
+
+        return token_statistics.token_statistics(logits, targets, entropy_topk)
     nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
     return nll, topk_entropy(top_logits(logits, entropy_topk))
 

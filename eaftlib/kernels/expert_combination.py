@@ -1,0 +1,29 @@
+"""What follows an expert's second projection: bias, router weight, sum over the token's experts, and their measures."""
+
+import torch
+
+from . import use_fused
+
+
+def combine(
+    outputs: torch.Tensor,
+    row_of_pair: torch.Tensor,
+    expert: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor,
+    measure: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(sum_k gate_k y_k [T, H], ||y_k||_2 float32 [T, top_k], max |y_k| float32 [T, top_k]), y = output + bias.
+
+    outputs [P, H] in any order of pairs; row_of_pair int [T, top_k] finds a pair's row; expert int and gate [T, top_k];
+    bias [E, H]. Computed in float32; the sum has outputs' dtype. Without ``measure`` the last two are None.
+    """
+    if use_fused(outputs.device):
+        from .fused import expert_combination
+
+        return expert_combination.combine(outputs, row_of_pair, expert, gate, bias, measure)
+    y = outputs[row_of_pair].float() + bias[expert.long()].float()
+    combined = torch.einsum("tkh,tk->th", y, gate.float()).to(outputs.dtype)
+    if not measure:
+        return combined, None, None
+    return combined, torch.linalg.vector_norm(y, dim=-1), y.abs().amax(-1)

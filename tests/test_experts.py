@@ -1,0 +1,61 @@
+"""The two ways of computing experts against each other and against transformers' loop."""
+
+import pytest
+import torch
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from eaftlib import experts
+
+TOKENS, EXPERTS, HIDDEN, INTERMEDIATE = 37, 8, 64, 96
+
+
+@pytest.fixture(scope="module")
+def module():
+    config = GptOssConfig(
+        num_local_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_experts_per_tok=2
+    )
+    config._experts_implementation = "eager"
+    module = GptOssExperts(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    return module
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """Expert 0 and the last get no token, expert 1 gets every second one."""
+    generator = torch.Generator().manual_seed(1)
+    second = torch.randint(2, EXPERTS - 1, (TOKENS, 1), generator=generator)
+    first = torch.where(torch.arange(TOKENS)[:, None] % 2 == 0, torch.ones_like(second), (second - 1) % 5 + 2)
+    first = torch.where(first == second, torch.ones_like(second), first)
+    return torch.randn(TOKENS, HIDDEN, generator=generator), torch.cat([first, second], 1), torch.rand(TOKENS, 2)
+
+
+@pytest.mark.parametrize("compute", [experts._one_by_one, experts._all_at_once])
+@pytest.mark.parametrize("measure", [True, False])
+def test_equal_to_transformers_loop(module, routed, compute, measure):
+    hidden, ids, gates = routed
+    expected = module(hidden, ids, gates)
+    found, norm, peak = compute(module, hidden, ids, gates, measure)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if not measure:
+        assert norm is None and peak is None
+        return
+    alone = [module(hidden, ids[:, k : k + 1], torch.ones(TOKENS, 1)) for k in range(2)]  # f_j(x) of one expert each
+    torch.testing.assert_close(norm, torch.stack([y.norm(dim=-1) for y in alone], 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(peak, torch.stack([y.abs().amax(-1) for y in alone], 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_probe_writes_its_rows_of_its_layer(module, routed):
+    hidden, ids, gates = routed
+    trace = experts.ExpertTrace.empty(2, 10, 2, torch.device("cpu"))
+    rows = torch.tensor([3, 4, 30])
+    module.probe = experts.ExpertProbe(trace, 1, 5, rows)
+    experts.experts_forward(module, hidden, ids, gates)
+    module.probe = None
+    _, norm, peak = experts._one_by_one(module, hidden, ids, gates, True)
+    for found, expected in zip(trace.tensors, (ids, gates, norm, peak), strict=True):
+        assert torch.equal(found[1, 5:8], expected[rows].to(found.dtype))
+        assert not found[0].any() and not found[1, :5].any() and not found[1, 8:].any()
