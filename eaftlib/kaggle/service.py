@@ -153,9 +153,15 @@ class Service:
                 return names
 
     def create_dataset(self, folder: Path) -> None:
-        """Upload a folder as a private data set. The client goes on without a file that it could not upload."""
+        """Upload a folder as a private data set. The client goes on without a file that it could not upload.
+
+        It remembers unfinished uploads by path, in one place for all projects: hence the absolute one.
+        """
         answer = self._call(
-            "upload", lambda: self._api.dataset_create_new(str(folder), quiet=True), seconds=TRANSFER_SECONDS, tries=3
+            "upload",
+            lambda: self._api.dataset_create_new(str(folder.resolve()), quiet=True),
+            seconds=TRANSFER_SECONDS,
+            tries=3,
         )
         if answer.error and "already in use" not in answer.error:
             raise Refused(200, self._clean(answer.error))
