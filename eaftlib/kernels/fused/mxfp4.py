@@ -29,7 +29,7 @@ def _decode(blocks, scales, values, groups, GROUPS: tl.constexpr):
     tl.store(values + group[:, None] * 32 + tl.arange(0, 32)[None, :], wide, mask=inside[:, None])
 
 
-def decode(blocks, scales, values, *, groups=256, num_warps=4):
+def decode(blocks, scales, values, *, groups=128, num_warps=4):
     """Fill ``values`` [..., G * 32] from blocks uint8 [..., G, 16] and scales uint8 [..., G]; values is contiguous."""
     total = scales.numel()
     _decode[(triton.cdiv(total, groups),)](
