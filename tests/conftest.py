@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from eaftlib import devices
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.evaluation import evaluate
-from eaftlib.kaggle import build
 from eaftlib.packs import PackSource, pack_blocks
 
 
@@ -135,6 +134,8 @@ def play(scored):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
+    from eaftlib.kaggle import build
+
     return build.make_wheel(tmp_path_factory.mktemp("wheel"))
 
 
@@ -142,6 +143,8 @@ def wheel(tmp_path_factory):
 def here(project, server, play, wheel, monkeypatch, tmp_path):
     """Work in the project folder with a client that can only reach the loopback server, whose sessions are played."""
     server.session = play
+    from eaftlib.kaggle import build
+
     monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)  # once is enough
     monkeypatch.chdir(project)
     home = tmp_path / "home"
