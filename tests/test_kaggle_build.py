@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
 
+from eaftlib import params, results
 from eaftlib import project as code
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.kaggle import build, driver, ledger, outcome, setup_cell
@@ -118,6 +120,38 @@ def test_the_notebook_of_the_real_regime_is_far_from_the_limit(here):
         metadata["model_sources"] == ["openai/gpt-oss-20b/transformers/default/1"] and metadata["dataset_sources"] == []
     )
     assert not (here / "built" / "files").exists()
+
+
+SHIPPED = [f for f in sorted((ROOT / "params").glob("*/*.yaml")) if not f.name.startswith(("prune", "report"))]
+
+
+@pytest.mark.parametrize("file", [str(f.relative_to(ROOT)) for f in SHIPPED])
+def test_what_a_notebook_gets_passes_its_own_check(here, file):
+    """Every shipped run, read back from its built notebook as the notebook's kernel would, is what the file says."""
+    said = yaml.safe_load((ROOT / file).read_text())
+    kind = params.Rank if Path(file).name.startswith("rank") else params.Evaluate
+    (here / "demo").symlink_to(ROOT / "demo")
+    for keep in said.get("keep_set") or []:
+        if "ranking" in keep:
+            Path(keep["ranking"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(keep["ranking"]).write_text("{}")
+    if said["model"].startswith("outputs/"):
+        Path(said["model"]).mkdir(parents=True)
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text((ROOT / file).read_text())
+    settings = build.read_settings()
+    build.build(build.plan(Path(file), settings), settings, Path("built"), "tester")
+    namespace = {}
+    for cell in cells_of():
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            exec(cell.source, namespace)
+    found = kind.check({name: namespace[name] for name in kind.model_fields})
+    assert {name: getattr(found, name) for name in said if name != "keep_set"} == {
+        name: value for name, value in said.items() if name != "keep_set"
+    }
+    if kind is params.Evaluate:
+        expected = kind.check(build._defaults("03_evaluate") | said)
+        assert found.keep_sets == expected.keep_sets and found == expected
 
 
 def test_a_notebook_that_kaggle_would_refuse_is_not_built(here, monkeypatch):
@@ -439,8 +473,8 @@ def test_a_notebook_without_a_sound_result_says_so(executed, tmp_path, change, w
     assert not list(tmp_path.rglob("x.*"))
 
 
-def test_a_ranking_runs_on_an_offline_image_of_the_earlier_layout(here, server, monkeypatch):
-    """Executed: the wheel mounted, internet off; rankings come back checked like results."""
+def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_layout(here, server, monkeypatch):
+    """Executed: the wheel mounted, internet off; rankings come back checked like results, and go along with a sweep."""
     monkeypatch.setattr(build, "WHEEL_LIMIT", 1000)
     server.session, server.old_layout = server.execute, True
     settings = here / "params" / "kaggle.yaml"
@@ -463,3 +497,14 @@ def test_a_ranking_runs_on_an_offline_image_of_the_earlier_layout(here, server, 
     assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
     ranking = json.loads((driver.result_folder(entry) / "ranking.json").read_text())
     assert set(ranking["criteria"]) == {"reap", "frequency"}
+
+    shutil.copytree(driver.result_folder(entry), here / "o" / "rank")
+    keep = {"ranking": "o/rank/ranking.json", "criterion": "reap", "keep_n": 4}
+    sweep = write_params(here, "sweep", keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24])
+    (entry,) = driver.push([Path(sweep)], service)
+    version = server.wait(entry.run)
+    (entry,) = driver.pull(service)
+    assert entry.state == "verified", entry.steps[-1].note + version.log
+    base, pruned = results.read_all([str(driver.result_folder(entry))])
+    assert (base.label, pruned.label) == ("base", "reap-4")
+    assert base.meta["keep_set"] is None and pruned.meta["keep_set"]["criterion"] == "reap"

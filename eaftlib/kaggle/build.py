@@ -201,7 +201,8 @@ def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan
     notebook = _notebook_for(values)
     if _path(notebook).with_suffix(".py") in notebooks.stale():
         raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
-    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump()
+    # Only what was set: a keep-set that is a label alone must still be one when the notebook reads it.
+    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump(exclude_unset=True)
     _require_inside("out_dir", parameters["out_dir"])
     carried = _carried(parameters, settings)
     code = project.code_sha256()
@@ -258,7 +259,7 @@ def _defaults(notebook: str) -> dict[str, Any]:
 def _named_paths(parameters: dict[str, Any]) -> list[str]:
     """Every model, pack source and ranking that the parameters name."""
     keep = parameters.get("keep_set") or []
-    rankings = [k["ranking"] for k in (keep if isinstance(keep, list) else [keep])]
+    rankings = [k.get("ranking") for k in (keep if isinstance(keep, list) else [keep])]
     return list(dict.fromkeys([parameters["model"], parameters["packs"], *filter(None, rankings)]))
 
 
