@@ -134,9 +134,7 @@ def test_every_params_file_fits_its_notebook(path):
 
     from eaftlib import params
 
-    kind = next(k for k in ("rank", "prune", "eval", "report", "confirm") if path.stem.startswith(k)).replace(
-        "confirm", "eval"
-    )
+    kind = next((k for k in ("rank", "prune", "report") if path.stem.startswith(k)), "eval")
     model = {"rank": params.Rank, "prune": params.Prune, "eval": params.Evaluate, "report": params.Report}[kind]
     name = {"rank": "01_rank", "prune": "02_prune", "eval": "03_evaluate", "report": "04_report"}[kind]
     cell = next(
