@@ -4,7 +4,6 @@ READY := .venv/.ready
 DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
-GPUS ?= 1
 
 .PHONY: setup demo test check notebooks rank prune evaluate report bench kaggle-push kaggle-status kaggle-pull clean
 
@@ -16,14 +15,11 @@ $(READY): requirements.txt pyproject.toml
 	$(PY) -m pip install -q --no-deps -e .
 	touch $@
 
-# $(call execute,NOTEBOOK,PARAMS FILE): the executed copy goes to outputs/executed/, named after its parameters. With
-# GPUS=N, N processes share the blocks and each names its copy after its rank.
+# $(call execute,NOTEBOOK,PARAMS FILE): the executed copy goes to outputs/executed/, named after its parameters.
 executed = outputs/executed/$(patsubst params/%.yaml,%,$(1))
-launch = $(if $(filter-out 1,$(GPUS)),.venv/bin/accelerate launch --multi_gpu --num_processes $(GPUS) --num_machines 1 \
-	--mixed_precision no --dynamo_backend no --main_process_port 0 --no_python)
 define execute
 	mkdir -p $(dir $(call executed,$(2)))
-	$(launch) sh -c '$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2))$${RANK:+.rank$$RANK}.ipynb -f $(2)'
+	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)).ipynb -f $(2)
 endef
 
 # Rank once; evaluate the whole model and thirty keep-sets in one pass; prune and evaluate what was written; report.

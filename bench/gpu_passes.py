@@ -14,6 +14,7 @@ from transformers import GptOssForCausalLM
 
 from eaftlib import devices, forward
 from eaftlib.checkpoint import Checkpoint
+from eaftlib.launch import over_gpus
 from eaftlib.packs import Blocks
 from eaftlib.weights import Weights
 
@@ -136,6 +137,37 @@ def compare_streamed(folder: str, gigabytes: float = 16.0, count: int = 512, len
         row["ratio"] = row["median"] / rows[0]["median"]
         row["largest_nll_difference"] = float(np.abs(a - b).max())
     return rows
+
+
+@over_gpus
+def one_pass(checkpoint: Checkpoint, blocks: Blocks, placement: devices.Placement) -> forward.Pass:
+    """A pass once layers have been read and kernels compiled."""
+    weights = Weights(checkpoint, placement)
+    forward.score(weights, blocks, progress=False)
+    return forward.score(weights, blocks, progress=False)
+
+
+def compare_gpus(folder: str, count: int = 512, length: int = 2048) -> list[dict]:
+    """A million tokens on one GPU, and shared by all of the machine's."""
+    checkpoint = Checkpoint(folder)
+    blocks = random_blocks(checkpoint, count, length)
+    passes = {}
+    for placement in (devices.place("cuda"), devices.place("auto")):
+        passes[placement.processes] = one_pass(checkpoint, blocks, placement)
+        torch.cuda.empty_cache()
+    one = passes[1]
+    return [
+        {
+            "comparison": f"scoring {count} x {length:,} tokens, resident",
+            "variant": f"{gpus} GPU(s)",
+            "median": found.tokens_per_second,
+            "unit": "tokens/s",
+            "ratio": found.tokens_per_second / one.tokens_per_second,
+            "peak_gb": found.peak_device_bytes / 1e9,
+            "largest_nll_difference": float(np.abs(found.variants[0].nll - one.variants[0].nll).max()),
+        }
+        for gpus, found in passes.items()
+    ]
 
 
 def profile(folder: str) -> list[dict]:

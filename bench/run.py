@@ -3,8 +3,8 @@
     python bench/run.py [--only NAME ...] [--checkpoint FOLDER] [--out FOLDER]
 
 On a CPU: evaluation of the demo model against a plain transformers loop. On a GPU: the kernels, whole passes, streaming
-and where the time goes, at gpt-oss-20b's shape with random weights (written on first use, 13.8 GB), and layers of
-120b's. ``--only prune`` cuts the checkpoint to half its experts against copying the kept bytes.
+and where the time goes, at gpt-oss-20b's shape with random weights (written on first use, 13.8 GB), layers of
+120b's, and one GPU against all, where there are several. ``--only prune`` cuts the checkpoint to half its experts against copying the kept bytes.
 """
 
 import argparse
@@ -25,12 +25,14 @@ COMPARISONS = {
     "attention": lambda folder: (gpu_kernels.compare_attention(), {}),
     "decode": lambda folder: (gpu_kernels.compare_decode(), {}),
     "pass": lambda folder: (gpu_passes.compare_passes(full_shape(folder)), {}),
+    "gpus": lambda folder: (gpu_passes.compare_gpus(full_shape(folder)), {}),
     "streamed": lambda folder: (gpu_passes.compare_streamed(full_shape(folder)), {}),
     "profile": lambda folder: ([], {"profile": gpu_passes.profile(full_shape(folder))}),
     "120b": lambda folder: ([], {"120b": gpu_passes.layers_of_120b(folder)}),
 }
 ON_CPU = ["evaluate"]
 ON_GPU = ["statistics", "pass", "profile", "streamed", "120b", "experts", "attention", "decode"]
+ON_GPUS = [*ON_GPU, "gpus"]
 
 
 def full_shape(folder: Path) -> str:
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     args = parser.parse_args()
     rows, more = [], {}
-    chosen = args.only or (ON_GPU if torch.cuda.is_available() else ON_CPU)
+    chosen = args.only or (ON_CPU, ON_GPU, ON_GPUS)[min(torch.cuda.device_count(), 2)]
     for name in chosen:
         found, extra = COMPARISONS[name](args.checkpoints)
         print_table(found)

@@ -49,6 +49,9 @@ class Checkpoint:
         self._shards = {file: _open_shard(self.folder / file) for file in sorted(set(self._shard_of.values()))}
         self._verify()
 
+    def __reduce__(self):
+        return Checkpoint, (self.model_id,)  # another process opens it anew
+
     @property
     def num_layers(self) -> int:
         return self.config.num_hidden_layers

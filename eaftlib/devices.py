@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,27 +11,40 @@ from .errors import ParameterError
 
 @dataclass(frozen=True)
 class Placement:
-    """Device and type, why, and the most bytes PyTorch may take of the device (None: all that is free)."""
+    """Device and type, why, and the most bytes PyTorch may take of the device (None: all that is free).
+
+    processes: how many share the work, each on a GPU of its own, the first of them on ``device``.
+    """
 
     device: torch.device
     dtype: torch.dtype
     reason: str
     max_bytes: int | None = None
+    processes: int = 1
 
     def __str__(self) -> str:
+        where = self.device if self.processes == 1 else f"{self.processes} x {self.device.type}"
         limit = "" if self.max_bytes is None else f", at most {self.max_bytes / 1e9:g} GB"
-        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}{limit} ({self.reason})"
+        return f"{where}, {str(self.dtype).removeprefix('torch.')}{limit} ({self.reason})"
+
+    def of_rank(self, rank: int) -> "Placement":
+        """What one of the processes takes."""
+        device = torch.device("cuda", rank) if self.device.type == "cuda" else self.device
+        return replace(self, device=device, processes=1)
 
 
 def place(device: str = "auto", dtype: str = "auto", max_gpu_memory: float | None = None) -> Placement:
-    """Resolve ``auto``: a GPU where there is one; bfloat16 where the hardware computes it, else float32.
+    """Resolve ``auto``: every GPU there is, else the CPU; bfloat16 where the hardware computes it, else float32.
 
-    max_gpu_memory: in GB of 10^9 bytes. Of several processes that one launcher started, each takes its own GPU.
+    max_gpu_memory: in GB of 10^9 bytes, of each GPU. Of processes that a launcher started, each takes its own GPU.
     """
     reasons = []
+    processes = 1
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        reasons.append("a GPU is present" if device != "cpu" else "no GPU is present")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if count else "cpu"
+        processes = 1 if "LOCAL_RANK" in os.environ else max(1, count)
+        reasons.append({0: "no GPU is present", 1: "a GPU is present"}.get(count, f"{count} GPUs are present"))
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ParameterError(f"device: found {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     resolved = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
@@ -49,12 +62,13 @@ def place(device: str = "auto", dtype: str = "auto", max_gpu_memory: float | Non
     if dtype not in types:
         raise ParameterError(f"dtype: found {dtype!r}, expected 'auto' or one of {sorted(types)}")
     max_bytes = None if max_gpu_memory is None or resolved.type == "cpu" else int(max_gpu_memory * 1e9)
-    return Placement(resolved, types[dtype], "; ".join(reasons) or "as asked", max_bytes)
+    return Placement(resolved, types[dtype], "; ".join(reasons) or "as asked", max_bytes, processes)
 
 
-def hold_to_limit(placement: Placement) -> None:
-    """Make PyTorch refuse more of the device than the placement allows."""
+def take(placement: Placement) -> None:
+    """Make the device the current one, where kernels start, and PyTorch refuse more of it than the placement allows."""
     if placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
         total = torch.cuda.get_device_properties(placement.device).total_memory
         share = 1.0 if placement.max_bytes is None else min(1.0, placement.max_bytes / total)
         torch.cuda.set_per_process_memory_fraction(share, placement.device)

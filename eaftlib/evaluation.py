@@ -15,12 +15,14 @@ from .devices import Placement
 from .errors import CheckpointError, ParameterError, ResultError
 from .files import read_json
 from .keepsets import KeepSet
+from .launch import over_gpus
 from .packs import Blocks, PackSource, pack_blocks
 from .slicing import MANIFEST, checkpoint_sizes
 from .statistics import Tokens, aggregate
 from .weights import Weights
 
 
+@over_gpus
 def evaluate(
     checkpoint: Checkpoint,
     source: PackSource,

@@ -143,7 +143,7 @@ class _Run:
         batches = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
         if self.weights.resident or not batches:
             return list(batches)
-        room = HOST_SHARE * free_bytes(torch.device("cpu"))
+        room = HOST_SHARE * free_bytes(torch.device("cpu")) / ranks.on_this_host()
         per_wave = max(1, int(room // self._state_bytes(len(batches[0]))))
         return [torch.cat(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
 

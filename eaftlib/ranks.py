@@ -1,4 +1,4 @@
-"""Several processes, one GPU each, as ``accelerate launch`` or ``torchrun`` starts them; alone, there is one rank.
+"""Several processes, one GPU each, as ``launch``, ``accelerate launch`` or ``torchrun`` starts them; alone, there is one.
 
 Every rank runs the same program on its share of the blocks and then holds all results, so each may write them: the files
 are equal.
@@ -17,6 +17,11 @@ def current() -> tuple[int, int]:
     if not dist.is_initialized():
         dist.init_process_group("gloo")  # results are exchanged in host memory, once a pass
     return dist.get_rank(), dist.get_world_size()
+
+
+def on_this_host() -> int:
+    """How many of the processes share this host's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def add_up(tensors: list[torch.Tensor]) -> None:

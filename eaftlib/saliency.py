@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .devices import Placement
 from .errors import ParameterError, ResultError
 from .files import write_atomically, write_json
+from .launch import over_gpus
 from .packs import Blocks
 from .weights import Weights
 
@@ -73,6 +74,7 @@ class Trace:
         return cls(**arrays, num_experts=int(metadata["num_experts"]), provenance=json.loads(metadata["provenance"]))
 
 
+@over_gpus
 def trace(
     checkpoint: Checkpoint,
     blocks: Blocks,

@@ -8,7 +8,7 @@ import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from .checkpoint import Checkpoint
-from .devices import Placement, free_bytes, hold_to_limit
+from .devices import Placement, free_bytes, take
 
 RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
 
@@ -23,7 +23,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, placement: Placement):
         self.checkpoint, self.placement = checkpoint, placement
         self.device, self.dtype = device, dtype = placement.device, placement.dtype
-        hold_to_limit(placement)
+        take(placement)
         free = free_bytes(device, placement.max_bytes)
         self.resident = decoded_bytes(checkpoint, dtype) <= RESIDENT_SHARE * free
         self.rotary = checkpoint.rotary(device)

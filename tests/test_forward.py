@@ -224,7 +224,8 @@ def test_placement(monkeypatch):
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_a_gpu_runs_in_bfloat16_only_where_it_has_it(monkeypatch, capability, dtype):
-    fake = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: capability)
+    fake = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+    fake.get_device_capability = lambda device: capability
     for name, value in vars(fake).items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert devices.place().dtype == dtype
@@ -236,10 +237,22 @@ def test_an_unknown_device_is_a_parameter_error(device):
         devices.place(device)
 
 
-def test_several_processes_take_their_own_gpus(monkeypatch):
+def test_every_gpu_is_taken_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    placed = devices.place(dtype="bfloat16")
+    assert placed.processes == 4 and str(placed) == "4 x cuda, bfloat16 (4 GPUs are present)"
+    assert placed.of_rank(2) == devices.Placement(torch.device("cuda:2"), torch.bfloat16, placed.reason)
+    assert devices.place("cuda", "bfloat16").processes == devices.place("cuda:3", "bfloat16").processes == 1
+    assert devices.place("cpu").of_rank(1) == devices.place("cpu")
+
+
+def test_processes_of_a_launcher_take_their_own_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert devices.place(dtype="bfloat16").device == torch.device("cuda:3")
+    placed = devices.place(dtype="bfloat16")
+    assert placed.device == torch.device("cuda:3") and placed.processes == 1
     assert devices.place("cuda", "bfloat16").device == torch.device("cuda:0")
 
 

@@ -272,7 +272,7 @@ def test_too_little_memory_halves_the_micro_batch_and_goes_on(demo, demo_blocks,
     assert opened.resident == (share > 0) and torch.cuda.max_memory_reserved() <= limit
     for a, b in zip(found.variants, expected.variants, strict=True):
         assert np.abs(a.nll - b.nll).mean() < 0.02  # other micro-batches, other rounding
-    devices.hold_to_limit(devices.place("cuda"))
+    devices.take(devices.place("cuda"))
 
 
 def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):

@@ -1,0 +1,197 @@
+"""A call that is shared by processes gives what it gives alone, and ends with a reason when one of them fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eaftlib import devices, evaluation, forward, launch, ranks, results, saliency
+from eaftlib.checkpoint import Checkpoint
+from eaftlib.errors import PackError, ScoringError
+from eaftlib.launch import over_gpus
+from eaftlib.packs import PackSource, pack_blocks
+
+TWO = devices.Placement(torch.device("cpu"), torch.float32, "tests", processes=2)
+
+
+def note(folder, text):
+    (Path(folder) / f"{text}-{ranks.current()[0]}").write_text(str(os.getpid()))
+
+
+@over_gpus
+def shares(folder, *, placement):
+    """What each rank knows."""
+    note(folder, "seen")
+    total = torch.tensor([10.0 ** ranks.current()[0]])
+    ranks.add_up([total])
+    return ranks.current(), ranks.on_this_host(), placement, total.item()
+
+
+@over_gpus
+def fails(folder, how, placement):
+    """On rank 1; rank 0 waits for it, computing or in a sum."""
+    note(folder, "there")
+    if ranks.current()[0] == 1:
+        if "killed" in how:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ScoringError("block 3, position 7: nll nan")
+    if "sum" in how:
+        ranks.largest(0.0)
+    for _ in range(6000):
+        time.sleep(0.01)
+
+
+@over_gpus
+def fails_everywhere(placement):
+    raise PackError("pack z is not there")
+
+
+@over_gpus
+def fails_here(folder, placement):
+    note(folder, "there")
+    ranks.largest(0.0)
+    if ranks.current()[0] == 0:
+        raise PackError("only here")
+    time.sleep(600)
+
+
+@over_gpus
+def sleeps(folder, placement):
+    note(folder, "there")
+    time.sleep(600)
+
+
+@over_gpus
+def warns(placement):
+    if ranks.current()[0]:
+        print("1 ran out of memory")
+
+
+def is_gone(pid):
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_each_rank_gets_the_call_and_its_own_placement(tmp_path):
+    before = dict(os.environ)
+    for processes in (2, 3):  # what the first call leaves behind must not disturb the second
+        rank, local, placement, total = shares(tmp_path, placement=replace(TWO, processes=processes))
+        assert rank == (0, processes) and local == processes and total == float("1" * processes)
+        assert placement == replace(TWO, processes=1)
+        pids = {file.name: file.read_text() for file in tmp_path.iterdir()}
+        assert sorted(pids) == [f"seen-{r}" for r in range(processes)] and len(set(pids.values())) == processes
+        assert pids.pop("seen-0") == str(os.getpid()) and all(map(is_gone, pids.values()))
+        assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+def test_one_process_starts_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.subprocess, "Popen", None)
+    assert shares(tmp_path, placement=replace(TWO, processes=1))[0] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("raises in a sum", "GPU 1 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
+        ("raises", "GPU 1 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
+        ("killed in a sum", "GPU 1 ended with status -9: it said nothing"),
+        ("killed", "GPU 1 ended with status -9: it said nothing"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_call_with_its_reason(tmp_path, monkeypatch, how, words):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1)
+    started = time.monotonic()
+    with pytest.raises(ScoringError, match=words):
+        fails(tmp_path, how, TWO)
+    assert time.monotonic() - started < 50  # not when rank 0 has done its minute of work
+
+
+def test_what_is_wrong_with_the_call_is_said_as_one_process_says_it():
+    with pytest.raises(PackError, match=r"^pack z is not there$"):
+        fails_everywhere(TWO)
+
+
+def test_no_process_outlives_the_call(tmp_path):
+    with pytest.raises(PackError, match="only here"):
+        fails_here(tmp_path, TWO)
+    assert is_gone((tmp_path / "there-1").read_text())
+    assert not torch.distributed.is_initialized() and "RANK" not in os.environ
+
+
+def test_no_process_outlives_the_one_that_started_it(tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_launch as t; "
+    program += f"t.sleeps({str(tmp_path)!r}, placement=t.TWO)"
+    started = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "there-1").exists():
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.kill()
+    started.wait()
+    helper = (tmp_path / "there-1").read_text()
+    for _ in range(100):
+        if is_gone(helper):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{helper} goes on alone")
+
+
+def test_what_other_ranks_say_is_shown(capsys):
+    warns(TWO)
+    assert capsys.readouterr().err == "GPU 1: 1 ran out of memory\n"
+
+
+def without_timings(result):
+    content = json.loads(json.dumps(result.content))
+    content["meta"].pop("tokens_sha256", None)
+    for pack in content["packs"]:
+        for entry in pack["seq"].values():
+            assert entry["model"].pop("tok_s_pred") > 0
+    return content
+
+
+def same_evaluation(checkpoint, source, folder, alone, shared, **settings):
+    written = [
+        evaluation.evaluate(
+            checkpoint, source, placement, {"base": None}, out_dir=folder / name, progress=False, **settings
+        )
+        for name, placement in (("alone", alone), ("shared", shared))
+    ]
+    alone, shared = (results.read(paths[0]) for paths in written)
+    assert without_timings(alone) == without_timings(shared)
+    for key in alone.entries:
+        np.testing.assert_array_equal(alone.tokens(*key).nll, shared.tokens(*key).nll)
+
+
+def test_an_evaluation_is_the_same_shared(checkpoint, source, cpu, tmp_path):
+    """More blocks than one micro-batch holds, so that both processes have some."""
+    assert 110 * 40 > forward.MICRO_BATCH_TOKENS["cpu"]
+    same_evaluation(checkpoint, source, tmp_path, cpu, TWO, seq_lens=[24, 40], num_blocks=110, only=["UNION"])
+
+
+def test_a_ranking_is_the_same_shared(checkpoint, source, cpu):
+    blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=110)
+    alone, shared = (saliency.trace(checkpoint, blocks, place, progress=False)[0] for place in (cpu, TWO))
+    for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
+    assert alone.provenance == shared.provenance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_all_gpus_give_what_one_gives(tmp_path, dtype):
+    demo = Path(__file__).parents[1] / "demo"
+    checkpoint, source = Checkpoint(str(demo / "model")), PackSource(str(demo / "packs"))
+    one, all_of_them = devices.place("cuda", dtype), devices.place("auto", dtype)
+    same_evaluation(checkpoint, source, tmp_path, one, all_of_them, seq_lens=[1024], num_blocks=64, only=["UNION"])
