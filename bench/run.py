@@ -4,7 +4,8 @@
 
 On a CPU: evaluation of the demo model against a plain transformers loop. On a GPU: the kernels, whole passes, streaming
 and where the time goes, at gpt-oss-20b's shape with random weights (written on first use, 13.8 GB), layers of
-120b's, and one GPU against all, where there are several. ``--only prune`` cuts the checkpoint to half its experts against copying the kept bytes.
+120b's, and one GPU against all, where there are several. ``--only prune`` cuts the checkpoint to half its experts against
+copying the kept bytes.
 """
 
 import argparse
