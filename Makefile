@@ -34,7 +34,7 @@ demo: $(READY)
 	@echo "Open $(DEMO)/report/report.html"
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # What a commit must pass besides the tests: style, and notebooks that are exactly their sources.
 check: $(READY)
