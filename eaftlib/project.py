@@ -23,13 +23,14 @@ def enter() -> Path:
     return root
 
 
-def code_sha256() -> str:
+def code_sha256(package: Path = Path(__file__).parent) -> str:
     """Identifies the library's code, wherever it is installed: over the path and the bytes of every source file."""
-    package = Path(__file__).parent
+    files = {f.relative_to(package): f for f in package.rglob("*") if f.suffix in (".py", ".jinja")}
     digest = hashlib.sha256()
-    for file in sorted(f for f in package.rglob("*") if f.suffix in (".py", ".jinja")):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    for name in sorted(files):
+        if not any(part.startswith(".") for part in name.parts):  # an editor's copies
+            content = files[name].read_bytes()
+            digest.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

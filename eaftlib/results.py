@@ -142,8 +142,11 @@ def read_all(sources: list[str]) -> list[Result]:
 
 
 def read_tokens(path: Path) -> dict[tuple[str, int], Tokens]:
-    """(pack, seq_len) -> per-token values, as the file has them."""
-    table = pq.read_table(path)
+    """(pack, seq_len) -> per-token values, as the file has them. Raises ResultError when it cannot be read."""
+    try:
+        table = pq.read_table(path, columns=list(_TOKEN_COLUMNS))
+    except (FileNotFoundError, pa.ArrowInvalid) as cause:
+        raise ResultError(f"{path} cannot be read ({cause}): remove it with its JSON, and evaluate again") from cause
     keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
     return {(key["pack"], key["seq_len"]): _tokens_of(table, **key) for key in keys}
 

@@ -3,9 +3,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may touch the network
 os.environ["KAGGLE_API_ENVIRONMENT"] = "LOCALHOST"  # before kaggle is imported, for the same reason
 
+import contextlib
 import hashlib
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import kaggle_server
@@ -83,6 +85,10 @@ def hf_model(model_folder):
 def project(tmp_path, model_folder, packs_folder):
     """A folder to start Kaggle commands in, with the tiny model and packs."""
     folder = kaggle_server.copy_project(tmp_path / "project", Path(__file__).parents[1])
+    return link_tiny(folder, model_folder, packs_folder)
+
+
+def link_tiny(folder, model_folder, packs_folder):
     (folder / "tiny").mkdir()
     (folder / "tiny" / "model").symlink_to(model_folder)
     (folder / "tiny" / "packs").symlink_to(packs_folder)
@@ -97,19 +103,15 @@ def server(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def scored(checkpoint, source, cpu, tmp_path_factory):
+def scored(model_folder, packs_folder, cpu, tmp_path_factory):
     """What the notebook of the tiny parameters writes: the result's two files."""
-    return evaluate(
-        checkpoint,
-        source,
-        cpu,
-        {"base": None},
-        out_dir=tmp_path_factory.mktemp("scored"),
-        seq_lens=[24, 40],
-        num_blocks=3,
-        only=["UNION", "pack_a"],
-        progress=False,
-    )[0].parent
+    folder = link_tiny(tmp_path_factory.mktemp("scored"), model_folder, packs_folder)
+    settings = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "progress": False}
+    with contextlib.chdir(folder):
+        evaluate(
+            Checkpoint("tiny/model"), PackSource("tiny/packs"), cpu, {"base": None}, out_dir=folder / "out", **settings
+        )
+    return folder / "out"
 
 
 @pytest.fixture
@@ -143,8 +145,9 @@ def wheel(tmp_path_factory):
 def here(project, server, play, wheel, monkeypatch, tmp_path):
     """Work in the project folder with a client that can only reach the loopback server, whose sessions are played."""
     server.session = play
-    from eaftlib.kaggle import build
+    from eaftlib.kaggle import build, driver
 
+    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=0.3))
     monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)  # once is enough
     monkeypatch.chdir(project)
     home = tmp_path / "home"

@@ -272,6 +272,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(3)
             return self.drop()
+        if fault == "late":  # what was asked is done, long after the client has stopped listening
+            time.sleep(1.5)
+        if fault == "unknown":
+            return self.fail(403, "Permission 'kernels.get' was denied")
         if fault == "html":
             return self.reply(200, b"<html>Down for maintenance</html>", "text/html")
         if fault == 429:

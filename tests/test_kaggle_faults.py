@@ -1,6 +1,7 @@
 """The driver against a service that fails in every way on record: one kernel and one result, whatever happens."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from kaggle_server import KEY, NOT_FOUND_PAGE, assert_loopback, session_environment, write_params
+from kaggle_server import KEY, NOT_FOUND_PAGE, assert_loopback, run_of, session_environment, write_params
 
 from eaftlib.errors import KaggleError, ParameterError
 from eaftlib.kaggle import driver, ledger
@@ -83,9 +84,10 @@ def test_a_push_without_an_answer_is_not_made_twice(here, server, fault):
 def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
     server.inject("GetKernelSessionStatus", *[500] * 50)
     push_one(here, server)
-    with pytest.raises(KaggleError) as raised:
-        driver.pull(impatient())
-    assert "status: 500: injected, with your key ***" in str(raised.value) and KEY not in str(raised.value)
+    said = []
+    with pytest.raises(KaggleError):
+        driver.pull(impatient(), say=said.append)
+    assert "status: 500: injected, with your key ***" in said[0] and KEY not in said[0]
     server.faults.clear()
     assert [e.state for e in driver.pull(impatient())] == ["verified"]
 
@@ -99,6 +101,26 @@ def test_credentials_that_are_not_accepted_leave_the_run_queued(here, server):
         entry.state == "queued" and KEY not in str(raised.value) + (ledger.folder(entry.run) / "run.json").read_text()
     )
     assert push(here, "eval")[0].state == "submitted"
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_a_kernel_that_shows_itself_late_is_not_pushed_twice(here, server, monkeypatch, lag):
+    """The answer was lost, and the service denies for a while that there is such a kernel."""
+    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=20))
+    server.inject("SaveKernel", "drop after")
+    server.on_call = lambda method, phase: (
+        (method, phase) == ("SaveKernel", "after") and server.inject("GetKernel", *["unknown"] * lag)
+    )
+    run = push_one(here, server)
+    assert server.injected.count("unknown") == lag and len(server.kernels[run]) == 1
+    assert ledger.find(run).state == "submitted" and ledger.find(run).version == 1
+
+
+def test_a_push_that_arrives_after_the_client_gave_up_is_not_repeated(here, server, monkeypatch):
+    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=20))
+    server.inject("SaveKernel", "late")
+    run = push_one(here, server)
+    assert server.injected == ["late"] and len(server.kernels[run]) == 1
 
 
 REFUSALS = {
@@ -123,8 +145,10 @@ def test_a_refused_run_fails_with_the_reason_and_the_others_go_on(here, server, 
     said = []
     entries = push(here, "eval-a", "eval-b", say=said.append)
     assert [entry.state for entry in entries] == ["failed", "submitted"]
-    assert entries[0].steps[-1].note.endswith(REFUSALS[kind]) and any(REFUSALS[kind] in line for line in said)
+    assert REFUSALS[kind] in entries[0].steps[-1].note and any(REFUSALS[kind] in line for line in said)
     assert not any(KEY in line for line in said)
+    if kind == "source":
+        server.wait(entries[0].run)  # it was started all the same
     again = push(here, "eval-a", resume=True)
     assert again[0].state == "submitted" and again[0].attempt == 2
 
@@ -243,7 +267,7 @@ def spoil_code(folder, content):
         (spoil_number, "tok_s_pred is nan"),
         (spoil_blocks, "num_blocks is 4, expected 3"),
         (spoil_length, "has no pack_a at 40"),
-        (spoil_code, "written by other code"),
+        (spoil_code, "base.json: code_sha256 is 0"),
     ],
 )
 def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, play, change, words):
@@ -334,7 +358,7 @@ def test_a_kernel_that_is_gone_is_a_failure_but_not_at_once(here, server):
     del server.kernels[run]
     assert driver.pull(impatient())[0].state == "submitted"
     backdate(run, minutes=16)
-    assert driver.pull(impatient())[0].steps[-1].note == "the service has no such kernel"
+    assert driver.pull(impatient())[0].steps[-1].note.startswith("the service has no such kernel")
 
 
 def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, play):
@@ -352,6 +376,200 @@ def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, 
     server.kernels[run].append(newest)
     (entry,) = driver.pull(impatient())
     assert entry.state == "verified" and entry.attempt == 2 and entry.version == 2
+
+
+def test_an_attempt_before_that_left_nothing_is_not_taken_for_this_one(here, server, play):
+    """The first session left no outcome at all; right after the second push, the service still shows that."""
+    server.session = lambda version: "ERROR"
+    run = push_one(here, server)
+    assert driver.pull(impatient())[0].state == "failed"
+    server.session = play
+    push(here, "eval", resume=True)
+    server.wait(run)
+    newest = server.kernels[run].pop()
+    assert driver.pull(impatient())[0].state == "submitted"
+    backdate(run, minutes=16)
+    assert driver.pull(impatient())[0].state == "failed"  # by then it is this one's
+    server.kernels[run].append(newest)
+    assert driver.pull(impatient(), [run])[0].state == "verified"
+
+
+def test_a_session_first_seen_running_after_a_long_queue_is_alive(here, server):
+    run = push_one(here, server)
+    server.latest(run).stale = 99
+    backdate(run, hours=13)
+    assert driver.pull(impatient())[0].state == "running"
+
+
+@pytest.mark.parametrize("name", ["eaft_run.json", "base.json", "base.tokens.parquet"])
+def test_a_file_that_was_refused_for_a_moment_is_fetched_with_its_next_address(here, server, name):
+    push_one(here, server)
+    listed = []
+
+    def heals(method, phase):
+        listed.extend([method] * ((method, phase) == ("ListKernelSessionOutput", "before")))
+        if len(listed) == 2:
+            server.missing_files.clear()
+
+    server.missing_files[name], server.on_call = 404, heals
+    assert driver.pull(impatient())[0].state == "verified" and len(listed) == 2
+
+
+def test_a_run_that_was_given_up_is_looked_at_again_when_it_is_named(here, server):
+    """A bad hour of the service must not cost a session that has ended well."""
+    run = push_one(here, server)
+    server.missing_files["base.tokens.parquet"] = 404
+    assert driver.pull(impatient())[0].state == "failed"
+    assert driver.pull(impatient()) == []
+    assert driver.pull(impatient(), [run])[0].state == "failed"
+    server.missing_files.clear()
+    (entry,) = driver.pull(impatient(), [run])
+    assert entry.state == "verified" and len(server.kernels[run]) == 1
+    shutil.rmtree(driver.result_folder(entry))
+    assert driver.pull(impatient(), [run])[0].state == "verified" and driver.result_folder(entry).is_dir()
+    calls = len(server.calls)
+    assert driver.pull(impatient(), [run])[0].state == "verified" and len(server.calls) == calls
+
+
+def test_a_second_download_that_is_worse_does_not_replace_the_first(here, server, play):
+    server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
+    run = push_one(here, server)
+    (entry,) = driver.pull(impatient())
+    server.missing_files["eaft_run.json"] = 404
+    assert driver.pull(impatient(), [run])[0].state == "failed"
+    assert (driver.failed_folder(entry, 1) / "eaft_run.json").is_file()
+
+
+def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
+    run = push_one(here, server)
+    backdate(run, hours=1)
+    other = impatient()
+    other.owner = "other"
+    said = []
+    assert driver.pull(other, say=said.append) == [] and said == ["nothing to pull: no runs"]
+    for call in (lambda: driver.pull(other, [run]), lambda: driver.push(files_of(here, "eval"), other)):
+        with pytest.raises(KaggleError, match=f"{run} is a run of tester, and the credentials are of other"):
+            call()
+    assert states(run) == ["queued", "pushing", "submitted"]
+
+
+def test_a_session_that_still_computes_is_not_pushed_again(here, server):
+    """Its sources were not all there, so it is failed to us; on Kaggle it goes on."""
+    go_on = threading.Event()
+    server.session = lambda version: go_on.wait(30) and "ERROR"
+    server.invalid_sources.append("someone/packs")
+    said = []
+    (entry,) = push(here, "eval", say=said.append)
+    assert entry.state == "failed" and f"stop it at {entry.url}" in entry.steps[-1].note and entry.version == 1
+    server.invalid_sources.clear()
+    assert push(here, "eval", resume=True, say=said.append)[0].attempt == 1
+    assert "its session is still going on" in " ".join(said) and len(server.kernels[entry.run]) == 1
+    go_on.set()
+    server.wait(entry.run)
+    assert push(here, "eval", resume=True)[0].attempt == 2
+
+
+def test_a_resumed_run_gets_the_present_settings(here, server, play):
+    server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
+    run = push_one(here, server)
+    driver.pull(impatient())
+    settings = here / "params" / "kaggle.yaml"
+    settings.write_text(settings.read_text().replace("session_hours: 11.5", "session_hours: 3"))
+    server.session = play
+    push(here, "eval", resume=True)
+    limit = server.wait(run).request["sessionTimeoutSeconds"]
+    assert limit == ledger.find(run).session_seconds == 3 * 3600
+    assert run_of(server.latest(run))["deadline_seconds"] < limit
+
+
+@pytest.mark.parametrize("name", ["base.json", "base.tokens.parquet"])
+@pytest.mark.parametrize("content", [NOT_FOUND_PAGE, b"", b'{"packs": []}', b"\xff\x00PAR1"], ids=range(4))
+def test_damaged_partial_results_are_not_carried_along(here, server, play, name, content):
+    def damage(folder, outcome):
+        outcome.update(status="failed", error="E: x")
+        (folder / name).write_bytes(content)
+
+    server.session = lambda version: play(version, change=damage)
+    run = push_one(here, server)
+    driver.pull(impatient())
+    push(here, "eval", resume=True)
+    assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
+
+
+def test_one_run_that_cannot_be_asked_about_does_not_hold_up_the_others(here, server):
+    server.session_limit = 9
+    first, second = push(here, "eval-a", "eval-b")
+    server.wait(first.run), server.wait(second.run)
+    server.inject("GetKernelSessionStatus", *[500] * 8)
+    said = []
+    with pytest.raises(KaggleError, match=f"^not pulled: {first.run}"):
+        driver.pull(impatient(), say=said.append)
+    assert [ledger.find(e.run).state for e in (first, second)] == ["submitted", "verified"]
+
+
+def test_a_kernel_that_is_gone_after_its_end_is_a_failure(here, server):
+    run = push_one(here, server)
+    assert driver.follow(impatient())[0].state == "ended"
+    del server.kernels[run]
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "failed" and "has no output, or is not there" in entry.steps[-1].note
+
+
+def test_what_the_client_will_not_send_is_a_refusal_and_the_others_go_on(here, server, monkeypatch):
+    real = driver._enqueue
+
+    def and_lose(plan, *rest):  # the push folder of one of them
+        entry = real(plan, *rest)
+        if "eval-a" in entry.run:
+            shutil.rmtree(driver.push_folder(entry))
+        return entry
+
+    monkeypatch.setattr(driver, "_enqueue", and_lose)
+    first, second = push(here, "eval-a", "eval-b")
+    assert first.state == "failed" and "Invalid folder" in first.steps[-1].note and second.state == "submitted"
+
+
+def test_what_was_queued_for_older_parameters_is_mentioned(here, server):
+    server.refusals.extend([LIMITS[0]])
+    with pytest.raises(LimitReached):
+        push(here, "eval", at_limit="stop")
+    (old,) = ledger.entries()
+    (here / old.params_file).write_text((here / old.params_file).read_text().replace("num_blocks: 3", "num_blocks: 2"))
+    said = []
+    driver.push([Path(old.params_file)], impatient(), poll_seconds=0.02, say=said.append)
+    assert f"{old.run}  of {old.params_file} as it was is still queued; remove kaggle_runs/{old.run}" in said
+
+
+def test_results_of_older_code_that_could_be_resumed_are_mentioned(here, server, play, monkeypatch):
+    from eaftlib import project
+
+    server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
+    run = push_one(here, server)
+    driver.pull(impatient())
+    monkeypatch.setattr(project, "code_sha256", lambda package=None: "other")
+    said = []
+    push(here, "eval", say=said.append)
+    assert f"{run}  has finished packs of other code: check out {ledger.find(run).commit} to resume from them" in said
+
+
+def test_waiting_for_the_quota_does_not_fill_the_ledger(here, server):
+    server.refusals.extend([LIMITS[1]] * 30)
+    (entry,) = push(here, "eval")
+    assert server.calls.count("SaveKernel") == 31
+    assert states(entry.run) == ["queued", "pushing", "queued", "pushing", "submitted"]
+
+
+def test_a_copy_of_a_runs_folder_is_no_run(here, server):
+    run = push_one(here, server)
+    shutil.copytree(ledger.folder(run), ledger.folder("backup"))
+    with pytest.raises(KaggleError, match=f"backup/run.json is of the run {run}"):
+        driver.pull(impatient())
+
+
+def test_a_log_of_another_shape_is_kept_as_it_is():
+    for log in ("plain text", "[1, 2]", '{"a": 1}', '["a"]'):
+        assert driver.readable_log(log) == log
+    assert driver.readable_log('[{"data": "a"}, {"time": 1}]') == "a"
 
 
 HOSTILE = [
@@ -381,8 +599,10 @@ def test_more_files_than_a_page_come_back(here, server):
 def test_pages_without_end_are_refused(here, server, monkeypatch):
     push_one(here, server)
     server.extra_files = {f"{i}": b"" for i in range(5000)}
-    with pytest.raises(KaggleError, match="more than"):
-        driver.pull(impatient())
+    said = []
+    with pytest.raises(KaggleError, match="not pulled: eaft-tiny-eval"):
+        driver.pull(impatient(), say=said.append)
+    assert "more than 500 output files" in said[0]
 
 
 def test_a_data_set_that_came_without_a_file_is_not_used(here, server, monkeypatch):
@@ -425,7 +645,7 @@ def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
         check=False,
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert "no Kaggle credentials: run `kaggle auth login`" in done.stderr
+    assert "no Kaggle credentials, or none that Kaggle takes: run `kaggle auth login`" in done.stderr
 
 
 def test_an_access_token_signs_in_through_a_burst_of_faults(server, tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 
 TITLE_LIMIT = 50  # characters of a kernel's title
 FINISHING_SECONDS = 600  # between the notebook's own deadline and the end of the session
 _TOOLS = {"papermill", "jupytext", "ipykernel", "plotly"}  # of the extra `notebooks`; not needed inside a session
+_DATA_SET, _MODEL = re.compile(r"[\w-]+/[\w-]+"), re.compile(r"[\w-]+(/[\w.-]+){3}/\d+")
 _COLUMNS = 112  # of the embedded wheel's lines
 ABOUT = """# {run}
 
@@ -73,11 +75,19 @@ class Settings(params.Parameters):
     @classmethod
     def _sources(cls, inputs: dict[str, str]) -> dict[str, str]:
         for name, source in inputs.items():
-            if source.count("/") not in (1, 4):
+            if not (_DATA_SET.fullmatch(source) or _MODEL.fullmatch(source)):
                 raise ValueError(
-                    f"{name}: expected owner/data-set or owner/model/framework/variation/version, found {source!r}"
+                    f"{name}: expected owner/data-set or owner/model/framework/variation/version, the version a number, "
+                    f"found {source!r}"
                 )
         return inputs
+
+    @field_validator("wheels")
+    @classmethod
+    def _data_set(cls, wheels: str | None) -> str | None:
+        if wheels is not None and not _DATA_SET.fullmatch(wheels):
+            raise ValueError(f"expected a data set's owner/name, found {wheels!r}")
+        return wheels
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,7 @@ def build(
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
         wheel = make_wheel(Path(temporary))
+        _require_all_code(wheel, what.code_sha256, Path(temporary))
         carried = list(what.carried)
         embedded = wheel.stat().st_size <= WHEEL_LIMIT
         if not embedded:
@@ -190,6 +201,17 @@ def make_wheel(folder: Path) -> Path:
     if done.returncode:
         raise KaggleError(f"the library's wheel cannot be built: {done.stderr.strip()[-500:]}. Run make setup.")
     return next(folder.glob("*.whl"))
+
+
+def _require_all_code(wheel: Path, expected: str, folder: Path) -> None:
+    """Before a session is spent: what it runs must be what its results are checked against."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "wheel")
+    if project.code_sha256(folder / "wheel" / "eaftlib") != expected:
+        raise KaggleError(
+            f"{wheel.name} differs from {ROOT / 'eaftlib'}: a file changed just now (repeat the command), or pyproject.toml's "
+            "packages do not name every folder with code"
+        )
 
 
 def sha256(file: Path) -> str:

@@ -17,6 +17,9 @@ from .service import LimitReached, Refused, Service, Unreachable
 POLL_SECONDS = 60
 # What the service says may lag behind: a kernel just pushed may be unknown, or show its previous version's end.
 GRACE = timedelta(minutes=15)
+# How long a push without an answer may take to show itself, before it is made again.
+SETTLE = timedelta(minutes=5)
+_ALIVE = ("QUEUED", "RUNNING")
 _ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -34,9 +37,9 @@ def push(
 ) -> list[Entry]:
     """Queue a run for each file, and submit all, no more at a time than the account may have.
 
-    A run that was submitted before is left alone; with ``resume`` one that failed is pushed again with the results it
-    has. A run that the service refuses becomes ``failed``, and the others go on. at_limit ``stop``: raise LimitReached
-    instead of waiting for a session or for quota. Raises KaggleError.
+    A run that was submitted before is left alone; with ``resume`` one that failed, and whose session is over, is pushed
+    again with the results it has. A run that the service refuses becomes ``failed``, and the others go on. at_limit
+    ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
     """
     from . import build
 
@@ -47,11 +50,12 @@ def push(
     runs = []
     for plan in plans:
         with ledger.locked():
-            entry = _enqueue(plan, settings, service.owner, resume)
+            entry = _enqueue(plan, settings, service, resume, say)
         runs.append(entry.run)
         say(describe(entry))
-        if entry.state == "failed":
+        if entry.state == "failed" and not resume:
             say("    to push it again with what it has: --resume (make kaggle-push ... RESUME=1)")
+    _mention_left_behind(plans, say)
     shown = ""
     while True:
         limit = None
@@ -67,42 +71,59 @@ def push(
         limit = limit or LimitReached(f"all {settings.gpu_sessions} GPU sessions are in use")
         if at_limit == "stop":
             raise type(limit)(f"{limit}; {len(waiting)} run(s) stay queued: repeat the command later")
-        line = f"{_counts()}; waiting: {limit}"
+        line = f"{_counts(service)}; waiting: {limit}"
         if line != shown:
             say(f"{datetime.now():%H:%M:%S}  {line}")
         shown = line
-        time.sleep(poll_seconds)
+        time.sleep(poll_seconds * (10 if "quota" in str(limit).lower() else 1))  # the quota is a week's
 
 
 def follow(service: Service, runs: Sequence[str] = ()) -> list[Entry]:
-    """Ask the service about every run that has not ended (of ``runs``, or of all); returns their entries."""
+    """Ask the service about every run that has not ended (of ``runs``, or of all the account's); returns their entries."""
     with ledger.locked():
-        return [_refresh(service, entry) for entry in _chosen(runs)]
+        return [_refresh(service, entry) for entry in _chosen(service, runs)]
 
 
 def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[Entry]:
-    """Bring back the output of every run that has ended (of ``runs``, or of all not yet settled), check it, say what came.
+    """Bring back the output of every run that has ended, check it, say what came.
 
-    A run whose results are complete and its own becomes ``verified``, and they are in ``result/``. Any other becomes
-    ``failed``; what came lies in ``failed-<attempt>/`` with the log.
+    runs: these, also if they were settled before, say by a download that failed; else all of the account's that were
+    not. A run whose results are complete and its own becomes ``verified``, and they are in ``result/``. Any other becomes
+    ``failed``; what came lies in ``failed-<attempt>/`` with the log. Raises KaggleError at the end if a run could not be
+    asked about.
     """
-    pulled = []
-    for chosen in _chosen(runs):
+    pulled, problems = [], []
+    for chosen in _chosen(service, runs):
         if not runs and chosen.state in ("verified", "failed"):
             continue
-        with ledger.locked():
-            entry = _refresh(service, ledger.find(chosen.run))
-        if entry.state == "ended":  # only a pull takes a run out of this state, so a download need not hold up the rest
-            with ledger.locked(entry.run):
-                entry = ledger.find(entry.run)
-                entry = _fetch(service, entry) if entry.state == "ended" else entry
+        try:
+            entry = _pull_one(service, chosen.run)
+        except KaggleError as error:
+            problems.append(chosen.run)
+            say(f"{chosen.run}  {error}")
+            continue
         pulled.append(entry)
         say(describe(entry))
         if entry.state == "failed" and (trace := _last_traceback(entry)):
             say("    " + trace.replace("\n", "\n    "))
+    if problems:
+        raise KaggleError(f"not pulled: {', '.join(problems)}. Repeat the command later.")
     if not pulled:
-        say(f"nothing to pull: {_counts() or 'no runs'}")
+        say(f"nothing to pull: {_counts(service) or 'no runs'}")
     return pulled
+
+
+def _pull_one(service: Service, run: str) -> Entry:
+    with ledger.locked():
+        entry = ledger.find(run)
+        if entry.state == "failed" or (entry.state == "verified" and not result_folder(entry).is_dir()):
+            entry = _look_again(service, entry)
+        entry = _refresh(service, entry)
+    if entry.state != "ended":
+        return entry
+    with ledger.locked(run):  # only a pull takes a run out of this state, so a download need not hold up the rest
+        entry = ledger.find(run)
+        return _fetch(service, entry) if entry.state == "ended" else entry
 
 
 def describe(entry: Entry) -> str:
@@ -110,6 +131,7 @@ def describe(entry: Entry) -> str:
     minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
     note = entry.steps[-1].note
     told = {"queued": note or entry.params_file, "verified": str(result_folder(entry)), "failed": note}
+    told["pushing"] = "asking Kaggle whether it arrived"
     return f"{entry.run}  {entry.state} {minutes} min  {told.get(entry.state, entry.url)}"
 
 
@@ -125,12 +147,19 @@ def push_folder(entry: Entry) -> Path:
     return ledger.folder(entry.run) / f"push-{entry.attempt}"
 
 
-def _enqueue(plan, settings, owner: str, resume: bool) -> Entry:
+def _enqueue(plan, settings, service: Service, resume: bool, say: Say) -> Entry:
     """The run's entry: the one it has, or a new one with its push folder built."""
     from . import build
 
     entry = ledger.find(plan.run)
+    if entry:
+        _require_own(service, entry)
     if entry and not (resume and entry.state == "failed"):
+        return entry
+    if entry and _may_be_alive(service, entry):
+        say(
+            f"{entry.run}  its session is still going on: stop it at {entry.url}, or pull its results when it has ended"
+        )
         return entry
     attempt = entry.attempt + 1 if entry else 1
     partial = _latest_partial(entry) if entry else []
@@ -139,11 +168,13 @@ def _enqueue(plan, settings, owner: str, resume: bool) -> Entry:
     for leftover in (target, temporary):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
     carried = [build.Carried(f.name, f, build.sha256(f), resume=True) for f in partial]
-    build.build(plan, settings, temporary, owner, attempt=attempt, resume=carried)
+    build.build(plan, settings, temporary, service.owner, attempt=attempt, resume=carried)
     temporary.rename(target)
+    seconds = build.session_seconds(settings)
     if entry:
         done = f"resumes with {', '.join(f.name for f in partial)}" if partial else "starts again: nothing was finished"
-        return entry.enter("queued", done, attempt=attempt, version=None, url=None)
+        changes = {"attempt": attempt, "version": None, "url": None, "session_seconds": seconds, "commit": plan.commit}
+        return entry.enter("queued", done, **changes)
     entry = Entry(
         run=plan.run,
         notebook=plan.notebook,
@@ -152,29 +183,51 @@ def _enqueue(plan, settings, owner: str, resume: bool) -> Entry:
         params_sha256=plan.params_sha256,
         code_sha256=plan.code_sha256,
         commit=plan.commit,
-        ref=f"{owner}/{plan.run}",
-        session_seconds=build.session_seconds(settings),
+        ref=f"{service.owner}/{plan.run}",
+        session_seconds=seconds,
         steps=[],
     )
     return entry.enter("queued")
 
 
-def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+def _may_be_alive(service: Service, entry: Entry) -> bool:
+    """Whether a run that is failed to us still computes, say because it was started without one of its sources."""
+    if entry.url is None:
+        return False
+    status, _ = service.status(entry.run) or ("UNKNOWN", "")
+    return status in _ALIVE and _age_of_attempt(entry) < timedelta(seconds=entry.session_seconds) + GRACE
+
+
+def _mention_left_behind(plans: Sequence, say: Say) -> None:
+    """Earlier runs of the same files, with other code or parameters: nothing else would ever speak of them again."""
+    present = {plan.run for plan in plans}
+    digests = {plan.params_file: plan.params_sha256 for plan in plans}
     for entry in ledger.entries():
+        if entry.params_file not in digests or entry.run in present:
+            continue
+        if entry.state == "queued":
+            say(f"{entry.run}  of {entry.params_file} as it was is still queued; remove {ledger.folder(entry.run)}")
+        elif entry.state == "failed" and entry.params_sha256 in digests.values() and _latest_partial(entry):
+            say(f"{entry.run}  has finished packs of other code: check out {entry.commit} to resume from them")
+
+
+def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+    for entry in _own(service):
         if entry.state == "pushing":  # a process ended between the intent and the answer
             _submit(service, entry, say)
         elif entry.state in ACTIVE:
             _refresh(service, entry)
     for run in runs:
         entry = ledger.find(run)
-        in_use = sum(e.state in ACTIVE for e in ledger.entries())
+        in_use = sum(e.state in ACTIVE for e in _own(service))
         if entry.state == "queued" and in_use < sessions:
             _submit(service, entry, say)
 
 
 def _submit(service: Service, entry: Entry, say: Say) -> None:
-    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made (again)."""
-    if entry.state == "queued":
+    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again."""
+    again = entry.state == "pushing"
+    if not again:
         for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
             _ensure_dataset(service, metadata.parent)
         entry = entry.enter("pushing")
@@ -182,20 +235,33 @@ def _submit(service: Service, entry: Entry, say: Say) -> None:
     if there and f"'attempt': {entry.attempt}," in there[0]:
         url = f"https://www.kaggle.com/code/{entry.ref}"
         entry = entry.enter("submitted", "was already there", version=there[1], url=url)
+    elif again and _age_of_attempt(entry) < SETTLE:
+        raise Unreachable(f"whether {entry.run} arrived is not known yet")
     else:
-        try:
-            pushed = service.push(push_folder(entry), entry.session_seconds)
-        except LimitReached as limit:
-            entry.enter("queued", str(limit))
+        entry = _push(service, entry, say)
+    if entry.state == "submitted":
+        say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+
+
+def _push(service: Service, entry: Entry, say: Say) -> Entry:
+    try:
+        pushed = service.push(push_folder(entry), entry.session_seconds)
+    except LimitReached as limit:
+        entry.enter("queued", str(limit))
+        raise
+    except Refused as refusal:
+        if refusal.status in (401, 403):  # the account's trouble, not the run's
+            entry.enter("queued", str(refusal))
             raise
-        except Refused as refusal:
-            if refusal.status in (401, 403):  # the account's trouble, not the run's
-                entry.enter("queued", str(refusal))
-                raise
-            say(describe(entry.enter("failed", str(refusal))))
-            return
+        entry = entry.enter("failed", str(refusal))
+    else:
         entry = entry.enter("submitted", version=pushed.version, url=pushed.url)
-    say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+        if pushed.missing:
+            reason = f"no such sources, or no access to them: {', '.join(pushed.missing)}. Correct params/kaggle.yaml."
+            entry = entry.enter("failed", f"{reason} It was started all the same: stop it at {entry.url}")
+    if entry.state == "failed":
+        say(describe(entry))
+    return entry
 
 
 def _ensure_dataset(service: Service, folder: Path) -> None:
@@ -217,10 +283,12 @@ def _refresh(service: Service, entry: Entry) -> Entry:
     """The entry with the service's word taken in."""
     if entry.state not in ("submitted", "running"):
         return entry
+    _require_own(service, entry)
     answer = service.status(entry.run)
-    status, message = answer or ("UNKNOWN", "the service has no such kernel")
+    status, message = answer or ("UNKNOWN", "the service has no such kernel, or does not show it to this account")
     age = datetime.now(UTC) - entry.since
-    if status == "RUNNING" and age > timedelta(seconds=entry.session_seconds) + GRACE:
+    overdue = entry.state == "running" and age > timedelta(seconds=entry.session_seconds) + GRACE
+    if status == "RUNNING" and overdue:
         status, message = "ERROR", "the service still says RUNNING, long after the session's limit"
     if status == "UNKNOWN" and age > GRACE:
         return entry.enter("failed", message)
@@ -231,42 +299,74 @@ def _refresh(service: Service, entry: Entry) -> Entry:
     return entry
 
 
+def _look_again(service: Service, entry: Entry) -> Entry:
+    """Reopen a run that was settled, if its kernel shows the present attempt."""
+    _require_own(service, entry)
+    there = service.source(entry.run)
+    if there and f"'attempt': {entry.attempt}," in there[0]:
+        return entry.enter("submitted", "is looked at again", version=there[1])
+    return entry
+
+
 def _fetch(service: Service, entry: Entry) -> Entry:
     """Download into a fresh folder, check, and only then give the folder its name."""
     download = ledger.folder(entry.run) / ".download"
     shutil.rmtree(download, ignore_errors=True)
     download.mkdir()
-    log, refused = service.output(entry.run, download)
-    (download / "session.log").write_text(readable_log(log))
+    refused: list[str] = []
     try:
+        log, refused = service.output(entry.run, download)
+        (download / "session.log").write_text(readable_log(log))
         found = outcome.read(download)
-        if found.run == entry.run and found.attempt < entry.attempt and _age_of_attempt(entry) < GRACE:
-            return entry.enter("submitted", f"the service still shows attempt {found.attempt}")
         if found.attempt != entry.attempt:
             raise ResultError(f"this is the output of attempt {found.attempt}, expected {entry.attempt}")
         outcome.check(download, found, entry)
         if refused:
             raise ResultError(refused[0])
-    except ResultError as error:
+    except (ResultError, Refused) as error:
+        if _shows_attempt_before(download, entry):
+            return entry.enter("submitted", f"the service still shows attempt {entry.attempt - 1}")
         reasons = [entry.steps[-1].note, str(error).replace(f"{download}/", ""), *refused]
-        _replace(download, failed_folder(entry, entry.attempt))
+        if (download / outcome.OUTCOME).is_file() or not failed_folder(entry, entry.attempt).is_dir():
+            _replace(download, failed_folder(entry, entry.attempt))
         return entry.enter("failed", " | ".join(dict.fromkeys(reasons)))
     _replace(download, result_folder(entry))
     return entry.enter("verified", results=found.files)
 
 
-def _chosen(runs: Sequence[str]) -> list[Entry]:
-    """The named runs, or all of them."""
-    entries = ledger.entries()
-    known = {entry.run: entry for entry in entries}
-    if unknown := [run for run in runs if run not in known]:
-        raise KaggleError(f"no run {unknown[0]!r} in {ledger.ROOT}; it has {sorted(known) or 'none'}")
-    return [known[run] for run in runs] or entries
+def _shows_attempt_before(download: Path, entry: Entry) -> bool:
+    """Right after a second push the output may be the first one's, which may have left nothing."""
+    if entry.attempt == 1 or _age_of_attempt(entry) > GRACE:
+        return False
+    try:
+        return outcome.read(download).attempt < entry.attempt
+    except ResultError:
+        return True
+
+
+def _chosen(service: Service, runs: Sequence[str]) -> list[Entry]:
+    """The named runs, or all of the account."""
+    own = {entry.run: entry for entry in _own(service)}
+    if unknown := [run for run in runs if run not in own]:
+        if other := ledger.find(unknown[0]):
+            _require_own(service, other)
+        raise KaggleError(f"no run {unknown[0]!r} in {ledger.ROOT}; it has {sorted(own) or 'none'}")
+    return [own[run] for run in runs] or list(own.values())
+
+
+def _own(service: Service) -> list[Entry]:
+    return [entry for entry in ledger.entries() if entry.owner == service.owner]
+
+
+def _require_own(service: Service, entry: Entry) -> None:
+    if entry.owner != service.owner:
+        raise KaggleError(
+            f"{entry.run} is a run of {entry.owner}, and the credentials are of {service.owner}: use those"
+        )
 
 
 def _age_of_attempt(entry: Entry) -> timedelta:
-    pushed = next(step.at for step in reversed(entry.steps) if step.state == "pushing")
-    return datetime.now(UTC) - datetime.fromisoformat(pushed)
+    return datetime.now(UTC) - entry.submitted_at
 
 
 def _latest_partial(entry: Entry) -> list[Path]:
@@ -280,8 +380,8 @@ def _replace(source: Path, target: Path) -> None:
     source.rename(target)
 
 
-def _counts() -> str:
-    states = [entry.state for entry in ledger.entries()]
+def _counts(service: Service) -> str:
+    states = [entry.state for entry in _own(service)]
     return " · ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
 
 
@@ -291,7 +391,9 @@ def readable_log(log: str) -> str:
         lines = json.loads(log)
     except json.JSONDecodeError:
         return log
-    return _ANSI.sub("", "".join(line["data"] for line in lines)) if isinstance(lines, list) else log
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        return log
+    return _ANSI.sub("", "".join(str(line.get("data", "")) for line in lines))
 
 
 def _last_traceback(entry: Entry) -> str:

@@ -50,13 +50,25 @@ class Entry(BaseModel):
         return self.steps[-1].state
 
     @property
+    def owner(self) -> str:
+        return self.ref.split("/")[0]
+
+    @property
+    def submitted_at(self) -> datetime | None:
+        """When the present attempt was last about to be submitted."""
+        pushing = (step.at for step in reversed(self.steps) if step.state == "pushing")
+        return next(map(datetime.fromisoformat, pushing), None)
+
+    @property
     def since(self) -> datetime:
         return datetime.fromisoformat(self.steps[-1].at)
 
     def enter(self, state: State, note: str = "", **changes: Any) -> "Entry":
-        """Record a new state, atomically, and return the new entry."""
-        step = Step(state=state, at=datetime.now(UTC).isoformat(timespec="seconds"), note=note)
-        entry = self.model_copy(update={"steps": [*self.steps, step], **changes})
+        """Record a new state, atomically, and return the new entry. To and fro is kept once, however often it happens."""
+        steps = [*self.steps, Step(state=state, at=datetime.now(UTC).isoformat(timespec="seconds"), note=note)]
+        if len(steps) > 4 and [(s.state, s.note) for s in steps[-2:]] == [(s.state, s.note) for s in steps[-4:-2]]:
+            steps[-4:-2] = []
+        entry = self.model_copy(update={"steps": steps, **changes})
         save(entry)
         return entry
 
@@ -74,13 +86,18 @@ def find(run: str) -> Entry | None:
     if not path.is_file():
         return None
     try:
-        return Entry.model_validate(read_json(path, KaggleError, "restore it, or remove the run's folder"))
+        entry = Entry.model_validate(read_json(path, KaggleError, "restore it, or remove the run's folder"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise KaggleError(
             f"{path} is no ledger of a run: {where}: {first['msg']}. Restore it, or remove the folder."
         ) from None
+    if entry.run != run:
+        raise KaggleError(
+            f"{path} is of the run {entry.run}: a run keeps its folder's name, and a copy lives elsewhere"
+        )
+    return entry
 
 
 def entries() -> list[Entry]:

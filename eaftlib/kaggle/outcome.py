@@ -12,6 +12,9 @@ from pydantic import BaseModel, Field, ValidationError
 from .. import results
 from ..errors import ResultError
 from ..files import parse_json, write_json
+from ..keepsets import keep_count, read_ranking
+from ..packs import UNION
+from ..params import Evaluate
 from .ledger import Entry
 from .setup_cell import OUTCOME, SCHEMA
 
@@ -41,9 +44,8 @@ def read(folder: Path) -> Outcome:
 
 def partial_results(folder: Path) -> list[Path]:
     """Result files that hold whole packs, each with its tokens, of a session that did not complete."""
-    jsons = [f for f in sorted(folder.glob("*.json")) if f.name != OUTCOME and results.holds_packs(f)]
-    pairs = [(f, results.tokens_path(f)) for f in jsons]
-    return [f for pair in pairs if pair[1].is_file() for f in pair]
+    jsons = [f for f in sorted(folder.glob("*.json")) if f.name != OUTCOME and _is_sound(f)]
+    return [f for json_file in jsons for f in (json_file, results.tokens_path(json_file))]
 
 
 def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
@@ -66,15 +68,17 @@ def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
     if missing := sorted(set(wanted) - set(outcome.files)):
         raise ResultError(f"the session wrote {sorted(outcome.files)}; {missing} are missing")
     for name in wanted:
-        _check_result(folder / name, entry)
+        if name.endswith(".json"):
+            _check_result(folder / name, entry)
 
 
 def expected_files(notebook: str, params: dict) -> list[str]:
-    """Names of the result JSONs that a notebook writes with these parameters."""
+    """Names of the files that a notebook writes with these parameters and that others read."""
     if notebook == "01_rank":
-        return ["ranking.json"]
+        return ["ranking.json", "saliency.parquet"]
     many = isinstance(params["keep_set"], list)
-    return [f"{label}.json" for label in ([k["label"] for k in params["keep_set"]] if many else [params["label"]])]
+    labels = [k["label"] for k in params["keep_set"]] if many else [params["label"]]
+    return [f"{label}{ending}" for label in labels for ending in (".json", ".tokens.parquet")]
 
 
 def from_notebook(notebook: Path, out_dir: Path) -> tuple[Outcome, list[Path]]:
@@ -116,27 +120,63 @@ def _outcome(content: object, source: Path) -> Outcome:
         ) from None
 
 
+def _is_sound(path: Path) -> bool:
+    """Whether a result can be continued: what came of a session that was killed may be cut short, or a 404 page."""
+    try:
+        results.read(path)
+        results.read_tokens(results.tokens_path(path))
+    except ResultError:
+        return False
+    return True
+
+
 def _check_result(path: Path, entry: Entry) -> None:
     for where, number in _numbers(parse_json(path, ResultError, "pull again")):
         if not math.isfinite(number):
             raise ResultError(f"{path.name}: {where} is {number}")
     if entry.notebook == "01_rank":
-        from ..keepsets import read_ranking
+        _check_ranking(path, entry.params)
+    else:
+        _check_evaluation(path, entry)
 
-        read_ranking(path)
-        return
-    result = results.read(path)
-    if result.meta.get("code_sha256") != entry.code_sha256:
-        raise ResultError(f"{path.name} was written by other code than this run's: {result.meta.get('code_sha256')}")
-    for name in ("rows", "num_blocks", "entropy_topk", "cc_quantile"):
-        if result.meta.get(name) != entry.params[name]:
-            raise ResultError(f"{path.name}: {name} is {result.meta.get(name)}, expected {entry.params[name]}")
-    packs = entry.params["only"] or sorted({pack for pack, _ in result.entries}) or ["UNION"]
+
+def _check_ranking(path: Path, params: dict) -> None:
+    ranking = read_ranking(path)
+    names = ("rows", "seq_len", "num_blocks", "entropy_topk", "cc_quantile", "w_good", "w_uncertain", "w_conflict")
+    names = (*names, "align", "seed", "packs", "pack_files")
+    expected = {name: params[name] for name in names} | {"model_id": params["model"]}
+    _require(path, ranking.get("provenance", {}), expected)
+    if set(ranking.get("criteria", {})) != set(params["criteria"]):
+        raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {params['criteria']}")
+
+
+def _check_evaluation(path: Path, entry: Entry) -> None:
+    result, params = results.read(path), entry.params
+    expected = {name: params[name] for name in ("rows", "num_blocks", "entropy_topk", "cc_quantile")}
+    expected |= {"model_id": params["model"], "dataset_repo": params["packs"], "label": path.stem}
+    expected |= {"code_sha256": entry.code_sha256}
+    if params["pack_files"] is not None:
+        expected["pack_files"] = params["pack_files"]
+    _require(path, result.meta, expected)
+    keep = Evaluate.check(params).keep_sets[path.stem]
+    if keep:
+        asked = {name: keep[name] for name in ("keep_frac", "keep_n", "multiple_of")}
+        count = keep_count(result.meta["num_experts"], result.meta["top_k"], **asked)
+        _require(path, result.meta["keep_set"] or {}, {"criterion": keep["criterion"], "keep_n": count})
+    packs = params["only"] or [*(Path(file).stem for file in result.meta["pack_files"]), UNION]
     for pack in packs:
-        for seq_len in entry.params["seq_lens"]:
+        for seq_len in params["seq_lens"]:
             if (pack, seq_len) not in result.entries:
                 raise ResultError(f"{path.name} has no {pack} at {seq_len}")
             result.tokens(pack, seq_len)
+
+
+def _require(path: Path, found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ResultError(
+                f"{path.name}: {name} is {found.get(name)}, expected {value}: this is another run's result"
+            )
 
 
 def _numbers(content: object, where: str = "") -> Iterator[tuple[str, float]]:

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from ..errors import KaggleError
 CALL_SECONDS = 60
 TRANSFER_SECONDS = 3600  # of one file's download, or of a data set's upload
 ATTEMPTS = 8
+DOWNLOAD_ATTEMPTS = 3
 MAX_FILES = 500  # a run leaves a handful
+_HF_TOKEN = re.compile(r"\bhf_\w{20,}")  # a session's own, which a traceback may hold
 _LIMIT = re.compile(r"quota|session count|session limit|concurrent|maximum.*sessions", re.IGNORECASE)
 
 
@@ -50,9 +54,11 @@ class _Transient(Exception):
 
 @dataclass(frozen=True)
 class Pushed:
-    ref: str
+    """``missing``: sources that the service does not know or does not show; it starts the session without them."""
+
     url: str
     version: int | None
+    missing: list[str]
 
 
 class Service:
@@ -62,16 +68,17 @@ class Service:
         """first_wait, longest_wait: seconds between tries, doubled each time. call_seconds: limit of one try."""
         self._wait = tenacity.wait_exponential_jitter(multiplier=first_wait, max=longest_wait, jitter=first_wait)
         self._longest_wait, self._call_seconds = longest_wait, call_seconds
-        self._secrets: list[str] = []
+        # What the client may send to sign in; the service's answer may repeat it.
+        self._secrets = [os.environ[name] for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN") if os.environ.get(name)]
         self._api = self._call("sign in", self._sign_in)
         self.owner: str = self._api.config_values["username"]
         keys = (self._api.config_values.get(name) for name in ("key", "token"))
-        self._secrets = [secret for secret in keys if secret]
+        self._secrets += [secret for secret in keys if secret]
 
     def push(self, folder: Path, session_seconds: int) -> Pushed:
         """One try, since a second push would start a second session: ask ``source`` first, whatever went wrong before.
 
-        Raises LimitReached, Refused (also for sources that the service does not know), or KaggleError.
+        Raises LimitReached, Refused, or KaggleError.
         """
         answer = self._call("push", lambda: self._api.kernels_push(str(folder), timeout=str(session_seconds)), tries=1)
         if answer.error:
@@ -79,12 +86,8 @@ class Service:
                 raise LimitReached(self._clean(answer.error))
             raise Refused(200, self._clean(answer.error))
         kinds = ("dataset", "model", "kernel", "competition")
-        invalid = [s for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
-        if invalid:
-            raise Refused(
-                200, f"no such sources, or no access to them: {', '.join(invalid)}. Correct params/kaggle.yaml."
-            )
-        return Pushed(answer.ref, answer.url, answer.version_number)
+        missing = [s for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
+        return Pushed(answer.url, answer.version_number, missing)
 
     def source(self, slug: str) -> tuple[str, int | None] | None:
         """Text and version of the account's kernel, or None where there is none."""
@@ -104,21 +107,34 @@ class Service:
         """Download the output files of the latest version into ``folder``.
 
         Returns the log, and what was not taken and why: a name that would leave the folder, a file that is not there.
+        Raises Refused where there is no output at all.
         """
-        log, refused = "", []
+        for attempt in range(DOWNLOAD_ATTEMPTS):  # addresses are signed for a while: a refused file gets another one
+            if attempt:
+                time.sleep(self._longest_wait / 4)
+            log, hostile, absent = self._download_output(slug, folder)
+            if not absent:
+                break
+        refused = [f"{name[:200]!r}: the name would leave the run's folder" for name in hostile]
+        return self._clean(log), refused + [f"{name}: {reason}" for name, reason in absent.items()]
+
+    def _download_output(self, slug: str, folder: Path) -> tuple[str, list[str], dict[str, str]]:
+        """The log, names that are not taken, and files that were refused, with the reason. A file is fetched once."""
+        log, hostile, absent = "", [], {}
         for page in self._output_pages(slug):
             log = log or page.log or ""
             for file in page.files or []:
-                target = safe_path(folder, file.file_name or "")
+                name = file.file_name or ""
+                target = safe_path(folder, name)
                 if target is None:
-                    refused.append(f"{(file.file_name or '')[:200]!r}: the name would leave the run's folder")
-                    continue
-                try:
-                    fetch = functools.partial(_download, file.url, target)
-                    self._call(f"download {target.name}", fetch, seconds=TRANSFER_SECONDS)
-                except Refused as refusal:
-                    refused.append(f"{target.name}: {refusal}")
-        return self._clean(log), refused
+                    hostile.append(name)
+                elif not target.exists():
+                    try:
+                        fetch = functools.partial(_download, file.url, target)
+                        self._call(f"download {name}", fetch, seconds=TRANSFER_SECONDS)
+                    except Refused as refusal:
+                        absent[name] = str(refusal)
+        return log, hostile, absent
 
     def quota(self) -> str:
         """GPU hours of the week in words."""
@@ -177,8 +193,8 @@ class Service:
                     api.authenticate()
         if not api.config_values.get("username"):
             raise KaggleError(
-                "no Kaggle credentials: run `kaggle auth login`, or put a token of kaggle.com/settings into "
-                "~/.kaggle/access_token or KAGGLE_API_TOKEN"
+                "no Kaggle credentials, or none that Kaggle takes: run `kaggle auth login`, or put a token of "
+                "kaggle.com/settings into ~/.kaggle/access_token or KAGGLE_API_TOKEN"
             )
         return api
 
@@ -199,19 +215,19 @@ class Service:
     def _output_pages(self, slug: str) -> Iterator[Any]:
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
-        token, seen = "", set()
+        token, seen, count = "", set(), 0
         while token not in seen:
             seen.add(token)
             request = ApiListKernelSessionOutputRequest()
             request.page_size, request.page_token = 100, token
             page = self._ask_kernel("list the output", "list_kernel_session_output", request, slug)
             if page is None:
-                raise KaggleError(f"{self.owner}/{slug} has no output, or is not there")
+                raise Refused(404, f"{self.owner}/{slug} has no output, or is not there")
             yield page
-            token = page.next_page_token
+            token, count = page.next_page_token, count + len(page.files or [])
             if not token:
                 return
-            if len(seen) * 100 > MAX_FILES:
+            if count > MAX_FILES:
                 raise KaggleError(f"{self.owner}/{slug} has more than {MAX_FILES} output files; a run leaves a handful")
 
     def _call(self, what: str, call: Callable[[], Any], *, seconds: float | None = None, tries: int = ATTEMPTS) -> Any:
@@ -245,11 +261,13 @@ class Service:
             raise Refused(status, reason) from None
         except (requests.RequestException, json.JSONDecodeError, OSError) as error:
             raise _Transient(f"{type(error).__name__}: {error}") from None
+        except ValueError as error:  # the client will not even send it
+            raise Refused(400, str(error)) from None
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return text
+        return _HF_TOKEN.sub("***", text)
 
 
 def safe_path(folder: Path, name: str) -> Path | None:
