@@ -219,6 +219,21 @@ def test_a_file_that_is_no_parameters_is_named(here, text, words):
         build.plan(file, build.read_settings())
 
 
+def test_only_code_that_the_wheel_has_is_hashed_and_the_wheel_has_all(here, tmp_path, wheel):
+    package = tmp_path / "eaftlib"
+    shutil.copytree(ROOT / "eaftlib", package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code.code_sha256(package) == code.code_sha256()
+    for name in (".ipynb_checkpoints/packs-checkpoint.py", ".hidden.py", "__pycache__/packs.cpython-311.pyc"):
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text("x = 1")
+        assert code.code_sha256(package) == code.code_sha256()
+    build._require_all_code(wheel, code.code_sha256(package), tmp_path)
+    (package / "added").mkdir()
+    (package / "added" / "module.py").write_text("x = 1")
+    with pytest.raises(KaggleError, match=r"pyproject\.toml's packages do not name every folder"):
+        build._require_all_code(wheel, code.code_sha256(package), tmp_path)
+
+
 def test_a_notebook_that_differs_from_its_source_is_not_pushed(here):
     with (here / "notebooks" / "03_evaluate.py").open("a") as source:
         source.write("\n# %%\nprint(1)\n")
@@ -236,6 +251,9 @@ def test_a_notebook_that_differs_from_its_source_is_not_pushed(here):
             "expected owner/data-set or owner/model",
         ),
         ({"internet": "yes"}, "internet"),
+        ({"inputs": {"m": "openai/gpt-oss-20b/transformers/default/latest"}}, "the version a number, found 'openai"),
+        ({"wheels": "mywheels"}, "wheels: expected a data set's owner/name, found 'mywheels'"),
+        ({"wheels": "a/b/c"}, "wheels: expected a data set's owner/name, found 'a/b/c'"),
     ],
 )
 def test_settings_are_checked(here, change, words):
@@ -497,6 +515,15 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
     ranking = json.loads((driver.result_folder(entry) / "ranking.json").read_text())
     assert set(ranking["criteria"]) == {"reap", "frequency"}
+    for where, name, value in [
+        ("provenance", "model_id", "tiny/other"),
+        ("provenance", "seq_len", 41),
+        ("criteria", "ean", {}),
+    ]:
+        changed = here / "ranking.json"
+        changed.write_text(json.dumps(ranking | {where: ranking[where] | {name: value}}))
+        with pytest.raises(ResultError, match=f"ranking.json: {name if where == 'provenance' else where} "):
+            outcome._check_result(changed, entry)
 
     shutil.copytree(driver.result_folder(entry), here / "o" / "rank")
     keep = {"ranking": "o/rank/ranking.json", "criterion": "reap", "keep_n": 4}

@@ -1,18 +1,29 @@
 """The driver against a service that fails in every way on record: one kernel and one result, whatever happens."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import threading
+import types
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from kaggle_server import KEY, NOT_FOUND_PAGE, assert_loopback, run_of, session_environment, write_params
+from kaggle_server import (
+    HF_TOKEN,
+    KEY,
+    NOT_FOUND_PAGE,
+    TINY,
+    assert_loopback,
+    run_of,
+    session_environment,
+    write_params,
+)
 
-from eaftlib.errors import KaggleError, ParameterError
-from eaftlib.kaggle import driver, ledger
+from eaftlib.errors import KaggleError, ParameterError, ResultError
+from eaftlib.kaggle import driver, ledger, outcome
 from eaftlib.kaggle.service import LimitReached, Service
 
 
@@ -60,6 +71,16 @@ def test_bursts_of_faults_are_waited_out(here, server, method, faults):
     (entry,) = driver.pull(impatient())
     assert entry.state == "verified" and len(server.kernels[run]) == 1
     assert server.injected == list(map(str, faults))
+
+
+def test_tries_are_further_and_further_apart_and_as_the_service_asks(here, server, monkeypatch):
+    waits = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    server.inject("GetAcceleratorQuotaStatistics", *[500] * 4, 429)
+    impatient(first_wait=1.0, longest_wait=5.0).quota()
+    assert [1 <= waits[0] < 2.5, 2 <= waits[1] < 3.5, 4 <= waits[2] <= 5, waits[3] == 5, waits[4] == 0] == [True] * 5, (
+        waits
+    )
 
 
 @pytest.mark.parametrize("faults", [[503], ["drop before"], ["cut"], [429, "cut", "drop before", 500]], ids=str)
@@ -247,6 +268,22 @@ def spoil_length(folder, content):
     (folder / "base.json").write_text(json.dumps(result))
 
 
+def spoil_tokens(folder, content):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "base.tokens.parquet")
+    pq.write_table(table.slice(0, len(table) - 1), folder / "base.tokens.parquet")
+
+
+def spoil_meta(**changes):
+    def spoil(folder, content):
+        result = json.loads((folder / "base.json").read_text())
+        result["meta"] |= changes
+        (folder / "base.json").write_text(json.dumps(result))
+
+    return spoil
+
+
 def spoil_code(folder, content):
     text = (folder / "base.json").read_text()
     (folder / "base.json").write_text(text.replace('"code_sha256": "', '"code_sha256": "0', 1))
@@ -268,6 +305,12 @@ def spoil_code(folder, content):
         (spoil_blocks, "num_blocks is 4, expected 3"),
         (spoil_length, "has no pack_a at 40"),
         (spoil_code, "base.json: code_sha256 is 0"),
+        (spoil_tokens, "base.tokens.parquet is not the file that base.json was written with"),
+        (lambda f, c: (f / "base.tokens.parquet").unlink(), "base.tokens.parquet'] are missing"),
+        (spoil_meta(model_id="tiny/other"), "base.json: model_id is tiny/other, expected tiny/model"),
+        (spoil_meta(dataset_repo="tiny/other"), "base.json: dataset_repo is tiny/other"),
+        (spoil_meta(label="other"), "base.json: label is other, expected base"),
+        (spoil_meta(entropy_topk=7), "base.json: entropy_topk is 7"),
     ],
 )
 def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, play, change, words):
@@ -570,6 +613,71 @@ def test_a_log_of_another_shape_is_kept_as_it_is():
     for log in ("plain text", "[1, 2]", '{"a": 1}', '["a"]'):
         assert driver.readable_log(log) == log
     assert driver.readable_log('[{"data": "a"}, {"time": 1}]') == "a"
+
+
+def test_a_result_that_lacks_a_pack_is_a_failure_also_where_none_is_named(here, server):
+    """only: null means every pack and UNION; what is there has UNION and pack_a."""
+    (entry,) = driver.push([Path(write_params(here, "eval", only=None))], impatient())
+    server.wait(entry.run)
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "failed" and "base.json has no pack_b at 24" in entry.steps[-1].note
+
+
+def asked(**changes):
+    """An entry of an evaluation that asked for these."""
+    keep = [{"label": "base"}, {"label": "half", "ranking": "r", "criterion": "reap", "keep_n": 6} | changes]
+    return types.SimpleNamespace(notebook="03_evaluate", code_sha256="c", params=TINY_DEFAULTS | {"keep_set": keep})
+
+
+TINY_DEFAULTS = TINY | {
+    "pack_files": None,
+    "rows": "all",
+    "entropy_topk": 20,
+    "cc_quantile": 0.15,
+    "max_gpu_memory": None,
+}
+
+
+@pytest.mark.parametrize(
+    "label, chosen, entry, words",
+    [
+        ("half", {"criterion": "reap", "keep_n": 8}, asked(), None),  # 6 of 8 experts, rounded up to a multiple of 4
+        ("half", {"criterion": "reap", "keep_n": 6}, asked(multiple_of=2), None),
+        ("half", {"criterion": "ean", "keep_n": 8}, asked(), "criterion is ean, expected reap"),
+        ("half", {"criterion": "reap", "keep_n": 4}, asked(), "keep_n is 4, expected 8"),
+        ("half", None, asked(), "criterion is None, expected reap"),
+        ("base", None, asked(), None),
+    ],
+)
+def test_the_keep_set_is_the_one_that_was_asked_for(scored, tmp_path, label, chosen, entry, words):
+    content = json.loads((scored / "base.json").read_text())
+    content["meta"] |= {"label": label, "keep_set": chosen, "code_sha256": "c", "num_experts": 8, "top_k": 2}
+    (tmp_path / f"{label}.json").write_text(json.dumps(content))
+    with pytest.raises(ResultError, match=words) if words else contextlib.nullcontext():
+        outcome._check_evaluation(tmp_path / f"{label}.json", entry)
+
+
+def test_a_token_in_the_log_is_not_kept(here, server, play):
+    def talks(version):
+        status = play(version)
+        version.log = json.dumps([{"data": f"401 for {HF_TOKEN}, with {KEY}\n"}])
+        return status
+
+    server.session = talks
+    run = push_one(here, server)
+    (entry,) = driver.pull(impatient())
+    assert (driver.result_folder(entry) / "session.log").read_text() == "401 for ***, with ***\n" and run
+
+
+def test_the_key_is_not_said_when_signing_in_fails(server, tmp_path):
+    environment = session_environment(tmp_path) | server.environment(tmp_path) | {"KAGGLE_API_TOKEN": KEY}
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        del environment[name]
+    assert_loopback(environment)
+    server.inject("IntrospectToken", *[400] * 9)
+    command = [sys.executable, "-m", "eaftlib", "kaggle", "status"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and KEY not in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 HOSTILE = [
