@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -217,6 +218,19 @@ def test_a_batch_keeps_two_sessions_going(here, server, play):
         server.wait(run)
     assert server.most_sessions == 2 and len(server.kernels) == 6
     assert [e.state for e in driver.pull(impatient())] == ["verified"] * 6
+
+
+def test_an_interrupted_wait_says_that_it_can_be_repeated(here, server, tmp_path):
+    environment = session_environment(tmp_path) | server.environment(tmp_path)
+    assert_loopback(environment)
+    server.refusals.extend([LIMITS[0]] * 99)
+    command = [sys.executable, "-m", "eaftlib", "kaggle", "push", *map(str, files_of(here, "eval"))]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = next(line for line in process.stdout if "waiting" in line)
+    process.send_signal(signal.SIGINT)
+    assert "1 queued; waiting: Maximum batch GPU session count" in said
+    assert process.communicate(timeout=30)[1] == "interrupted; repeat the command to go on\n"
+    assert process.returncode == 130 and ledger.entries()[0].state == "queued"
 
 
 def test_two_terminals_push_each_run_once(here, server):

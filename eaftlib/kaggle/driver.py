@@ -1,5 +1,6 @@
 """Push runs, follow them, bring their results back. Whatever is interrupted goes on when the command is repeated."""
 
+import functools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ _ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 Say = Callable[[str], None]
+say_now = functools.partial(print, flush=True)  # also where nobody watches but a log file
 
 
 def push(
@@ -33,7 +35,7 @@ def push(
     at_limit: Literal["wait", "stop"] = "wait",
     resume: bool = False,
     poll_seconds: float = POLL_SECONDS,
-    say: Say = print,
+    say: Say = say_now,
 ) -> list[Entry]:
     """Queue a run for each file, and submit all, no more at a time than the account may have.
 
@@ -84,7 +86,7 @@ def follow(service: Service, runs: Sequence[str] = ()) -> list[Entry]:
         return [_refresh(service, entry) for entry in _chosen(service, runs)]
 
 
-def pull(service: Service, runs: Sequence[str] = (), say: Say = print) -> list[Entry]:
+def pull(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list[Entry]:
     """Bring back the output of every run that has ended, check it, say what came.
 
     runs: these, also if they were settled before, say by a download that failed; else all of the account's that were
