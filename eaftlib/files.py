@@ -23,7 +23,7 @@ def parse_json(path: Path, error: type[EaftError], advice: str) -> object:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise error(f"{path} does not exist; {advice}") from None
-    except json.JSONDecodeError as cause:
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
         raise error(f"{path} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
 
 
