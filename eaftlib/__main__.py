@@ -74,7 +74,7 @@ def _kaggle_build(options) -> int:
     print("To push it by hand, replace INSERT_OWNER in each *-metadata.json by your Kaggle user name, then")
     for folder in data_sets:
         print(f"    .venv/bin/kaggle datasets create -p {folder}    # wait until its page says that it is ready")
-    print(f"    .venv/bin/kaggle kernels push -p {options.folder}")
+    print(f"    .venv/bin/kaggle kernels push -p {options.folder} --timeout {build.session_seconds(settings)}")
     return 0
 
 
