@@ -102,11 +102,11 @@ class Session:
 
     def _after_cell(self, result) -> None:
         error = result.error_before_exec or result.error_in_exec
-        if error is not None:
-            self.finish("failed", "".join(traceback.format_exception(error)))
         # The kernel's reply quotes them, and whoever runs the notebook prints the reply.
         result.error_before_exec = result.error_before_exec and self._masked(result.error_before_exec)
         result.error_in_exec = result.error_in_exec and self._masked(result.error_in_exec)
+        if error is not None:
+            self.finish("failed", "".join(traceback.format_exception(error)))
 
     def _show_error(self, *args, **kwargs) -> None:
         """For errors that IPython prints by itself: groups of exceptions, wrong uses of a magic."""
