@@ -34,7 +34,9 @@ def _add_results(commands) -> None:
     actions = commands.add_parser("results", help="results outside their run").add_subparsers(required=True)
     extract = actions.add_parser("from-notebook", help="write the result JSONs that an executed notebook carries")
     extract.add_argument("notebook", type=Path, help="any executed copy, with its outputs, of a built notebook")
-    extract.add_argument("--out-dir", type=Path, help="where to write them; the notebook's folder if not given")
+    extract.add_argument(
+        "--out-dir", type=Path, help="where to write them; if not given, a folder beside it, named after the run"
+    )
     extract.set_defaults(run=_from_notebook)
 
 
@@ -58,7 +60,7 @@ def _add_kaggle(commands) -> None:
 def _from_notebook(options) -> int:
     from .kaggle import outcome
 
-    found, written = outcome.from_notebook(options.notebook, options.out_dir or options.notebook.parent)
+    found, written = outcome.from_notebook(options.notebook, options.out_dir)
     why = f": {outcome.last_line(found.error)}" if found.error else ""
     print(f"{found.run}, attempt {found.attempt}, {found.status}{why}", *written, sep="\n  ")
     return int(found.status != "complete")
@@ -71,7 +73,11 @@ def _kaggle_build(options) -> int:
     plan = build.plan(options.params, settings)
     build.build(plan, settings, options.folder, "INSERT_OWNER")
     print(f"{options.folder}/{build.NOTEBOOK_FILE}  {plan.run}")
-    print("To push it by hand, replace INSERT_OWNER in the metadata by your Kaggle user name.")
+    data_sets = sorted(file.parent for file in options.folder.glob("*/dataset-metadata.json"))
+    print("To push it by hand, replace INSERT_OWNER in each *-metadata.json by your Kaggle user name, then")
+    for folder in data_sets:
+        print(f"    .venv/bin/kaggle datasets create -p {folder}    # wait until its page says that it is ready")
+    print(f"    .venv/bin/kaggle kernels push -p {options.folder} --timeout {build.session_seconds(settings)}")
     return 0
 
 

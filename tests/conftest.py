@@ -95,9 +95,15 @@ def link_tiny(folder, model_folder, packs_folder):
     return folder
 
 
+@pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    """The interpreter that executes sessions: what they need of this project they must bring."""
+    return kaggle_server.make_image(tmp_path_factory.mktemp("image") / "venv")
+
+
 @pytest.fixture
-def server(tmp_path):
-    server = kaggle_server.KaggleServer(tmp_path / "server")
+def server(tmp_path, image):
+    server = kaggle_server.KaggleServer(tmp_path / "server", image=image)
     yield server
     server.close()
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import urllib.parse
@@ -52,12 +53,16 @@ class Version:
 
 
 class KaggleServer:
-    """``session``: what happens to a pushed version; ``execute`` (papermill) or a function (server, version) -> status."""
+    """``session``: what happens to a pushed version; ``execute`` (papermill) or a function (server, version) -> status.
 
-    def __init__(self, folder, session="execute", old_layout=False):
-        self.folder, self.old_layout = Path(folder), old_layout
+    ``image``: the interpreter of executed sessions.
+    """
+
+    def __init__(self, folder, session="execute", old_layout=False, image=sys.executable):
+        self.folder, self.old_layout, self.image = Path(folder), old_layout, image
         self.session = self.execute if session == "execute" else session
         self.kernels, self.datasets, self.blobs = {}, {}, {}
+        self.models = {}  # owner/model/framework/variation/version -> folder
         self.calls, self.faults, self.injected = [], {}, []
         self.on_call = lambda method, phase: None
         self.refusals = deque()  # `error` texts of the next pushes, in HTTP 200
@@ -208,10 +213,14 @@ class KaggleServer:
             mount.mkdir(parents=True)
             for name, content in self.datasets.get(source, {}).items():
                 (mount / name).write_bytes(content)
+        for source in version.request.get("modelDataSources", []):
+            mount = version.folder / "input" / "models" / source
+            mount.parent.mkdir(parents=True)
+            mount.symlink_to(self.models[source])
         version.status = "RUNNING"
         version.status = self.session(version)
 
-    def execute(self, version, python=sys.executable):
+    def execute(self, version):
         """As Kaggle does: papermill in /kaggle/working, no kernel named."""
         notebook = version.folder / "notebook.ipynb"
         notebook.write_text(version.request["text"])
@@ -220,7 +229,7 @@ class KaggleServer:
         (secrets / "kaggle_secrets.py").write_text(
             f"class UserSecretsClient:\n    def get_secret(self, name):\n        return {{'HF_TOKEN': {HF_TOKEN!r}}}[name]\n"
         )
-        command = [python, "-m", "papermill", notebook, "__notebook__.ipynb", "--no-progress-bar", "--log-output"]
+        command = [self.image, "-m", "papermill", notebook, "__notebook__.ipynb", "--no-progress-bar", "--log-output"]
         environment = session_environment(version.folder, secrets) | {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
         version.process = subprocess.Popen(
             command, cwd=version.working, env=environment,
@@ -354,6 +363,28 @@ class Handler(BaseHTTPRequestHandler):
     def drop(self):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def make_image(folder):
+    """An interpreter that has what an image has, which is all but this project; returns its path."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    places = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], **_SAID)
+    # A folder that a .pth file names is searched, but its own .pth files, an editable install's among them, are not read.
+    Path(places.stdout.strip(), "image.pth").write_text(sysconfig.get_path("purelib"))
+    tried = subprocess.run([python, "-c", _CHECK_IMAGE], cwd=folder, env=session_environment(folder), **_SAID)
+    assert tried.stdout == "ModuleNotFoundError\n", tried
+    return python
+
+
+_SAID = {"capture_output": True, "text": True, "check": True}
+_CHECK_IMAGE = """
+import papermill, pip
+try:
+    import eaftlib
+except Exception as error:
+    print(type(error).__name__)
+"""
 
 
 def copy_project(folder, root):

@@ -16,7 +16,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
+from traitlets.config import Config
 
 from eaftlib import params, results
 from eaftlib import project as code
@@ -384,7 +386,7 @@ def test_a_damaged_wheel_is_not_installed(session):
 def test_the_deadline_stops_whatever_runs(session):
     session._set_deadline()
     try:
-        with pytest.raises(TimeoutError, match=r"own deadline of 0\.05 s is over; push again to resume"):
+        with pytest.raises(TimeoutError, match=r"deadline of 0\.05 s is over; .* make kaggle-push .* RESUME=1"):
             signal.pause()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -402,12 +404,93 @@ def test_a_session_may_fail_and_then_complete_but_not_the_other_way_round(sessio
         found = json.loads((session.work / "eaft_run.json").read_text())
         return found["status"], found["error"]
 
+    session.in_batch = False  # by hand
     session.finish("failed", "E: first")
     assert status() == ("failed", "E: first")
     session.finish("complete")
     assert status() == ("complete", None)
     session.finish("failed", "E: a cell that was tried afterwards")
     assert status() == ("complete", None) and capsys.readouterr().out.count("EAFT-RUN") == 2
+
+
+def test_in_a_batch_that_goes_on_after_errors_the_first_stands(session, capsys):
+    session.finish("failed", "E: first")
+    session.finish("failed", "E: what follows from it")
+    session.finish("complete")
+    found = json.loads((session.work / "eaft_run.json").read_text())
+    assert (found["status"], found["error"]) == ("failed", "E: first")
+    assert capsys.readouterr().out.count("EAFT-RUN") == 1
+
+
+@pytest.fixture
+def shell(session, monkeypatch, tmp_path):
+    """A real shell that the session's set-up cell finds."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell brings its own
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    monkeypatch.setattr(setup_cell, "get_ipython", lambda: shell)
+    return shell
+
+
+SPOKEN = {
+    "an error": "raise RuntimeError('401 for ' + token)",
+    "an error with its cause": "try:\n    open(token)\nexcept OSError as e:\n    raise RuntimeError('no') from e",
+    "a class that words it": "class E(Exception):\n    def __str__(self): return '401 for ' + token\nraise E",
+    "a group": "raise ExceptionGroup('many ' + token, [ValueError(token)])",
+    "a syntax error": "compile('1 +', token, 'exec')",
+    "a magic": "from IPython.core.error import UsageError\nraise UsageError(token)",
+}
+
+
+@pytest.mark.parametrize("cell", SPOKEN.values(), ids=SPOKEN)
+def test_a_token_in_an_error_does_not_reach_its_cell_or_the_kernels_reply(session, shell, capsys, cell):
+    session.secrets.append(HF_TOKEN)
+    session._watch_cells()
+    shell.user_ns["token"] = HF_TOKEN
+    result = shell.run_cell(cell)
+    said = "".join(capsys.readouterr())
+    assert HF_TOKEN not in said + str(result.error_in_exec) and "***" in said
+    assert "***" in json.loads((session.work / "eaft_run.json").read_text())["error"]
+
+
+def test_an_error_without_a_token_is_shown_as_it_is(session, shell, capsys):
+    session.secrets.append(HF_TOKEN)
+    session._watch_cells()
+    result = shell.run_cell("raise KeyError('name')")
+    assert "'name'" in "".join(capsys.readouterr()) and type(result.error_in_exec) is KeyError
+
+
+def test_the_session_that_replaces_another_is_the_only_one_that_watches(session, shell, monkeypatch, capsys):
+    session.in_batch = False
+    session._watch_cells()
+    os.chdir(session.scratch)
+    second = setup_cell.Session(session.run, earlier=session)
+    second.in_batch = False
+    second._watch_cells()
+    assert second.home == session.home
+    second.finish("complete")
+    shell.run_cell("1 / 0")
+    assert json.loads((second.work / "eaft_run.json").read_text())["status"] == "complete"
+    assert capsys.readouterr().out.count("EAFT-RUN") == 1
+
+
+def test_a_partial_result_that_an_earlier_session_added_to_is_kept(session):
+    stored(session, "base.json", resume=True)
+    (session.work / "base.json").write_text("more")
+    session._link_paths()
+    assert (session.work / "base.json").read_text() == "more"
+
+
+def test_a_session_on_an_image_that_is_too_old_fails(session, shell, capsys):
+    session.run |= {"requires": ["transformers>=99"], "deadline_seconds": 60}
+    shell.user_ns["session"] = session
+    try:
+        shell.run_cell("session.start('')")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    found = json.loads((session.work / "eaft_run.json").read_text())
+    assert found["status"] == "failed" and "missing or too old: ['transformers>=99']" in found["error"]
 
 
 def secrets_module(names, **attributes):
@@ -478,7 +561,13 @@ def test_the_marked_output_is_compact(executed, scored):
             "was changed after",
         ),
         (lambda m: m["results"].update({"../x.json": "{}"}), "'../x.json' is not a file name"),
-        (lambda m: m["results"].update({"x.sh": "{}"}), "'x.sh' is not a file name"),
+        (lambda m: m["results"].update({"x.sh": "{}"}), "'x.sh' is not a JSON file's"),
+        (lambda m: m["results"].update({"x.json": "<html>"}), "x.json is not the JSON that a session writes"),
+        (lambda m: m["results"].update({"x.json": "[NaN]"}), "x.json is not the JSON that a session writes"),
+        (lambda m: m["results"].update({"x.json": 1}), "x.json is not the JSON that a session writes"),
+        (lambda m: m.update(results=["x.json"]), "holds no results"),
+        (lambda m: m.update(run="../x"), r"'\.\./x' is not a file name"),
+        (lambda m: m.update(run=".."), r"'\.\.' is not a file name"),
         (lambda m: m.pop("files"), "is no outcome of a session: files"),
     ],
 )
@@ -489,6 +578,23 @@ def test_a_notebook_without_a_sound_result_says_so(executed, tmp_path, change, w
     with pytest.raises(ResultError, match=words):
         outcome.from_notebook(executed, tmp_path / "out")
     assert not list(tmp_path.rglob("x.*"))
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff\xfe", b"[1]", b'{"cells": [1, {"outputs": 2}]}', b""])
+def test_a_file_that_is_no_notebook_says_so(tmp_path, content):
+    (tmp_path / "x.ipynb").write_bytes(content)
+    with pytest.raises(ResultError, match=r"x\.ipynb (is not JSON|has no output marked)"):
+        outcome.from_notebook(tmp_path / "x.ipynb")
+
+
+def test_results_of_several_notebooks_in_one_folder_do_not_replace_each_other(executed, scored):
+    _, (written,) = outcome.from_notebook(executed)
+    assert written == executed.parent / "eaft-x" / "base.json"
+    assert outcome.from_notebook(executed)[1] == [written]  # the same again
+    written.write_text("another run's")
+    with pytest.raises(ResultError, match=r"eaft-x/base\.json is there with other content; move it away"):
+        outcome.from_notebook(executed)
+    assert written.read_text() == "another run's"
 
 
 def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_layout(here, server, monkeypatch):

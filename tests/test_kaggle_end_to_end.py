@@ -1,8 +1,9 @@
 """The unmodified client against a loopback Kaggle that really executes what is pushed."""
 
+import copy
+import importlib.metadata
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from kaggle_server import HF_TOKEN, KEY, OWNER, assert_loopback, session_environment, write_params
 
 from eaftlib import devices, results
+from eaftlib import project as code
 from eaftlib.checkpoint import Checkpoint
 from eaftlib.evaluation import evaluate
 from eaftlib.packs import PackSource
@@ -40,6 +42,20 @@ def command(project, server, tmp_path):
 
 def ledger_of(project, run):
     return json.loads((project / "kaggle_runs" / run / "run.json").read_text())
+
+
+def log_of(version):
+    return "".join(line["data"] for line in json.loads(version.log))
+
+
+def assert_no_token_is_kept(project, version):
+    """In nothing that was pushed, kept, printed or executed, though the session held one."""
+    secrets = version.folder / "image" / "kaggle_secrets.py"
+    assert HF_TOKEN in secrets.read_text() and HF_TOKEN not in version.log and KEY not in version.log
+    for file in [*project.rglob("*"), *version.folder.rglob("*")]:
+        if file.is_file() and file.parent != secrets.parent and "__pycache__" not in file.parts:
+            content = file.read_bytes()
+            assert KEY.encode() not in content and HF_TOKEN.encode() not in content, file
 
 
 def entries_of(path):
@@ -92,6 +108,12 @@ def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tm
     assert ledger["version"] == 1 and set(ledger["results"]) == {"base.json", "base.tokens.parquet"}
     assert results.read(result).meta["model_id"] == "demo/model"
 
+    log = log_of(version)
+    machine = json.loads((version.working / "eaft_run.json").read_text())["machine"]
+    assert machine["torch"] == importlib.metadata.version("torch") and machine["where"] == "Kaggle"
+    assert re.search(r"gpus +\S", log) and re.search(rf"transformers +{machine['transformers']}", log)
+    assert f".whl, commit {code.commit(ROOT)}" in log and f"results in   {version.working}" in log
+
     # By hand: the client's own output command, and any executed copy of the notebook, give the same JSON.
     command("kaggle", "kernels", "output", f"{OWNER}/{run}", "-p", "by-hand")
     assert (project / "by-hand" / "base.json").read_bytes() == result.read_bytes()
@@ -100,14 +122,44 @@ def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tm
     assert (project / "copy" / "base.json").read_bytes() == result.read_bytes() and "complete" in said
 
     assert "HF_TOKEN" not in version.log  # it was there: nothing said that it is missing
+    assert_no_token_is_kept(project, version)
 
-    # No token in anything that was pushed, kept, printed or executed, though the session held one.
-    assert HF_TOKEN in (version.folder / "image" / "kaggle_secrets.py").read_text()
-    shutil.rmtree(version.folder / "image")
-    for file in [*project.rglob("*"), *version.folder.rglob("*")]:
-        if file.is_file():
-            content = file.read_bytes()
-            assert KEY.encode() not in content and HF_TOKEN.encode() not in content, file
+
+def test_built_by_hand_and_pushed_with_the_client(project, server, command, model_folder):
+    """The two commands that `build` prints; the model is mounted where Kaggle mounts models now."""
+    source = "someone/tiny-gpt-oss/transformers/default/1"
+    server.models[source] = model_folder
+    settings = project / "params" / "kaggle.yaml"
+    settings.write_text(settings.read_text().replace("inputs:", f"inputs:\n  tiny/model: {source}"))
+    said = command("eaftlib", "kaggle", "build", write_params(project, "eval", only=["UNION"], seq_lens=[24]), "built")
+    for metadata in project.glob("built/**/*-metadata.json"):
+        metadata.write_text(metadata.read_text().replace("INSERT_OWNER", OWNER))
+    for line in re.findall(r"\.venv/bin/(kaggle .*?)(?: +#.*)?$", said, re.MULTILINE):
+        command(*line.split())
+    (run,) = server.kernels
+    version = server.wait(run)
+    assert version.request["modelDataSources"] == [source] and len(version.request["datasetDataSources"]) == 1
+    assert version.status == "COMPLETE", version.log
+    assert f"tiny/model: {version.folder}/input/models/{source}" in log_of(version)
+    assert json.loads((version.working / "eaft_run.json").read_text())["status"] == "complete"
+
+
+def test_a_session_stops_at_its_deadline_and_says_so(project, server, command):
+    def hung(version):
+        text = re.sub(r"'deadline_seconds': \d+", "'deadline_seconds': 2", version.request["text"])
+        trap = "Session._install = lambda *a: time.sleep(40)\\nsession.start("
+        version.request["text"] = text.replace("session.start(", trap)
+        return server.execute(version)
+
+    server.session = hung
+    command("eaftlib", "kaggle", "push", write_params(project, "eval"))
+    (run,) = server.kernels
+    version = server.wait(run)
+    content = json.loads((version.working / "eaft_run.json").read_text())
+    assert content["status"] == "failed" and 2 <= content["seconds"] < 20
+    said = command("eaftlib", "kaggle", "pull", status=1)
+    assert f"{run}  failed" in said and "the notebook's own deadline of 2 s is over" in said
+    assert "make kaggle-push PARAMS=... RESUME=1" in said
 
 
 def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it_has(project, server, command):
@@ -150,27 +202,69 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
 
 
 def test_an_error_in_the_notebook_is_in_its_outcome_and_its_output(project, server, command):
-    """Too many blocks for the packs: the library's own message reaches the person who pulls."""
+    """Too many blocks for the packs: the library's own message reaches the person who pulls, but not a token in it."""
+
+    def telling(version):
+        trap = "import os; from eaftlib import errors; errors.PackError.__str__ = lambda e: "
+        trap += "e.args[0] + '; token ' + os.environ['HF_TOKEN']\\nwritten = evaluation.evaluate("
+        version.request["text"] = version.request["text"].replace("written = evaluation.evaluate(", trap)
+        return server.execute(version)
+
+    server.session = telling
     command("eaftlib", "kaggle", "push", write_params(project, "eval", num_blocks=4000))
     (run,) = server.kernels
     version = server.wait(run)
     said = command("eaftlib", "kaggle", "pull", status=1)
     assert "PackError: pack UNION (rows: all)" in said and "4000 were asked for" in said
+    assert "; token ***" in said and "; token ***" in version.log
+    assert_no_token_is_kept(project, version)
     executed = nbformat.read(version.working / "__notebook__.ipynb", 4)
     assert "EAFT-RUN" in json.dumps(executed) and '"status": "failed"' in json.dumps(executed).replace("\\", "")
     said = command("eaftlib", "results", "from-notebook", str(version.working / "__notebook__.ipynb"), status=1)
     assert f"{run}, attempt 1, failed: eaftlib.errors.PackError: pack UNION" in said
 
 
-def test_the_same_notebook_runs_in_colab(project, command, tmp_path):
-    """Neither Kaggle's variable nor its mounts: files lie in the folder that the notebook is opened in."""
+RUN_BY_HAND = """
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+notebook = nbformat.read("opened.ipynb", 4)
+try:
+    NotebookClient(notebook).execute()
+except CellExecutionError as error:
+    print(error, error.evalue)
+nbformat.write(notebook, "executed.ipynb")
+"""
+
+
+def test_the_same_notebook_runs_in_colab(project, command, image, tmp_path):
+    """Neither Kaggle's variable nor its mounts: files lie in the folder that the notebook is opened in.
+
+    As a person does it: the first run says what to upload, then all cells are run again, then something is tried.
+    """
     said = command("eaftlib", "kaggle", "build", write_params(project, "eval"), "built")
     run = re.search(r"eaft-tiny-eval-\w+", said)[0]
     content = tmp_path / "content"
-    shutil.copytree(project / "tiny", content / "tiny")
-    papermill = [sys.executable, "-m", "papermill", project / "built" / "notebook.ipynb", "executed.ipynb"]
-    subprocess.run(papermill, cwd=content, env=session_environment(tmp_path), check=True, capture_output=True)
-    assert {p.name for p in content.iterdir()} == {"tiny", "executed.ipynb", run}
+    content.mkdir()
+    notebook = nbformat.read(project / "built" / "notebook.ipynb", 4)
+    first = [copy.deepcopy(cell) for cell in notebook.cells[:4]]
+    first[-1].metadata.tags = ["raises-exception"]
+    upload = f"import shutil\nshutil.copytree({str(project / 'tiny')!r}, {str(content / 'tiny')!r})"
+    tried = "raise RuntimeError('401 for ' + os.environ['HF_TOKEN'])"
+    notebook.cells = [*first, nbformat.v4.new_code_cell(upload), *notebook.cells, nbformat.v4.new_code_cell(tried)]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"c{number}"
+    nbformat.write(notebook, content / "opened.ipynb")
+    environment = session_environment(tmp_path) | {"HF_TOKEN": HF_TOKEN}
+    done = subprocess.run([image, "-c", RUN_BY_HAND], cwd=content, env=environment, capture_output=True, text=True)
+    executed = (content / "executed.ipynb").read_text()
+    assert re.search(rf"neither mounted nor in {content}; upload it there", executed), done.stdout + done.stderr
+    assert (
+        done.stdout.count("401 for ***") == 2 and executed.count("401 for ***") == 2
+    )  # the kernel's reply, the output
+    assert HF_TOKEN not in done.stdout + done.stderr + executed
+    assert executed.count("EAFT-RUN {") == 2  # the first run's and the second's; what came after is not the run's
+    assert {p.name for p in content.iterdir()} == {"tiny", "opened.ipynb", "executed.ipynb", run}
     assert {p.name for p in (content / run).iterdir()} == {"base.json", "base.tokens.parquet", "eaft_run.json"}
     command("eaftlib", "results", "from-notebook", str(content / "executed.ipynb"), "--out-dir", "copy")
     assert (project / "copy" / "base.json").read_bytes() == (content / run / "base.json").read_bytes()

@@ -56,7 +56,7 @@ to have them:
 
 ```bash
 kaggle kernels output OWNER/{run} -p FOLDER
-python -m eaftlib results from-notebook EXECUTED.ipynb   # any copy with outputs
+python -m eaftlib results from-notebook EXECUTED.ipynb   # any copy with outputs; where eaftlib is installed
 ```
 """
 
@@ -167,7 +167,8 @@ def build(
         "requires": _requirements(),
         "wheel_mounts": _mounts(settings.wheels) if settings.wheels else [],
         "mounts": {name: _mounts(source) for name, source in mapped.items()},
-        "file_mounts": [mount for source in stored for mount in _mounts(source)],
+        # Named after their content, so whoever owns them: a notebook that is pushed by hand is built before that is known.
+        "file_mounts": [mount for source in stored for mount in _mounts("*/" + source.split("/")[1])],
         "files": {c.name: {"stored_as": c.stored_as, "sha256": c.sha256, "resume": c.resume} for c in carried},
     }
     notebook = nbformat.writes(_notebook(what, run, text))
@@ -364,7 +365,8 @@ def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookN
         cell["id"] = f"cell-{number:02}"
         cell.metadata.pop("papermill", None)
     lines = [wheel[i : i + _COLUMNS] for i in range(0, len(wheel), _COLUMNS)]
-    start = f"RUN = {pprint.pformat(run, sort_dicts=False, width=110)}\nsession = Session(RUN)\nsession.start(WHEEL)"
+    start = f"RUN = {pprint.pformat(run, sort_dicts=False, width=110)}"
+    start += '\nsession = Session(RUN, earlier=globals().get("session"))\nsession.start(WHEEL)'
     cells = [
         _markdown("about", ABOUT.format(**run, params_file=what.params_file, notebook=what.notebook)),
         _code("set-up", Path(__file__).with_name("setup_cell.py").read_text().rstrip(), hidden=True),

@@ -16,7 +16,7 @@ from ..keepsets import keep_count, read_ranking
 from ..packs import UNION
 from ..params import Evaluate
 from .ledger import Entry
-from .setup_cell import OUTCOME, SCHEMA
+from .setup_cell import OUTCOME, SCHEMA, sha256
 
 ENDED_EARLY = "the session ended before its notebook did: killed, out of memory, or out of time"
 
@@ -81,11 +81,12 @@ def expected_files(notebook: str, params: dict) -> list[str]:
     return [f"{label}{ending}" for label in labels for ending in (".json", ".tokens.parquet")]
 
 
-def from_notebook(notebook: Path, out_dir: Path) -> tuple[Outcome, list[Path]]:
+def from_notebook(notebook: Path, out_dir: Path | None = None) -> tuple[Outcome, list[Path]]:
     """Write the result JSONs that an executed notebook carries to ``out_dir``; returns the outcome and their paths.
 
-    The same bytes that the session wrote: each file's SHA-256 is checked. Raises ResultError when there is no marked
-    output, or it is damaged.
+    Without ``out_dir`` they go into a folder beside the notebook, named after the run. The same bytes that the session
+    wrote: each file's SHA-256 is checked. Raises ResultError, and writes nothing, when there is no marked output, it is
+    damaged, or a file of other content would be replaced.
     """
     content = parse_json(notebook, ResultError, "give an executed notebook")
     marked = list(_marked_outputs(content))
@@ -94,16 +95,39 @@ def from_notebook(notebook: Path, out_dir: Path) -> tuple[Outcome, list[Path]]:
             f"{notebook} has no output marked {SCHEMA!r}: it was not executed, lost its outputs, or is no run's notebook"
         )
     outcome = _outcome(marked[-1], notebook)
-    written = []
-    for name, text in marked[-1].get("results", {}).items():
-        if Path(name).name != name or not name.endswith(".json"):
-            raise ResultError(f"{notebook}: result name {name!r} is not a file name")
-        result = json.loads(text)
-        if hashlib.sha256((json.dumps(result, indent=1) + "\n").encode()).hexdigest() != outcome.files.get(name):
+    _require_file_name(outcome.run, notebook)
+    out_dir = out_dir or notebook.parent / outcome.run
+    found = {out_dir / name: result for name, result in _carried_results(marked[-1], outcome, notebook)}
+    for path in found:
+        if path.exists() and sha256(path) != outcome.files[path.name]:
+            raise ResultError(f"{path} is there with other content; move it away, or give another --out-dir")
+    for path, result in found.items():
+        write_json(path, result)
+    return outcome, list(found)
+
+
+def _carried_results(marked: dict, outcome: Outcome, notebook: Path) -> Iterator[tuple[str, dict]]:
+    """Names and contents of a marked output's results, whose text is the file's but for its white space."""
+    results_by_name = marked.get("results")
+    if not isinstance(results_by_name, dict):
+        raise ResultError(f"{notebook}: its output marked {SCHEMA!r} holds no results")
+    for name, text in results_by_name.items():
+        _require_file_name(name, notebook)
+        if not name.endswith(".json"):
+            raise ResultError(f"{notebook}: result name {name!r} is not a JSON file's")
+        try:
+            result = json.loads(text)
+            written = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as cause:
+            raise ResultError(f"{notebook}: {name} is not the JSON that a session writes: {cause}") from None
+        if hashlib.sha256(written.encode()).hexdigest() != outcome.files.get(name):
             raise ResultError(f"{notebook}: {name} was changed after the session wrote it (its SHA-256 differs)")
-        write_json(out_dir / name, result)
-        written.append(out_dir / name)
-    return outcome, written
+        yield name, result
+
+
+def _require_file_name(name: str, notebook: Path) -> None:
+    if Path(name).name != name or name in ("", ".."):
+        raise ResultError(f"{notebook}: {name!r} is not a file name")
 
 
 def last_line(error: str) -> str:
@@ -191,9 +215,17 @@ def _numbers(content: object, where: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _marked_outputs(notebook: object) -> Iterator[dict]:
-    cells = notebook.get("cells", []) if isinstance(notebook, dict) else []
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            marked = output.get("data", {}).get("application/json")
-            if isinstance(marked, dict) and marked.get("schema") == SCHEMA:
+    for cell in _items(notebook, "cells"):
+        for output in _items(cell, "outputs"):
+            marked = _get(_get(output, "data"), "application/json")
+            if _get(marked, "schema") == SCHEMA:
                 yield marked
+
+
+def _items(content: object, name: str) -> list:
+    found = _get(content, name)
+    return found if isinstance(found, list) else []
+
+
+def _get(content: object, name: str) -> object:
+    return content.get(name) if isinstance(content, dict) else None

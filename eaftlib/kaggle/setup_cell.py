@@ -5,8 +5,10 @@ session leaves ``eaft_run.json`` and one marked output, however it ends.
 """
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -32,11 +34,15 @@ class Session:
     """One session of a built notebook. ``run`` holds what the builder wrote into the cell.
 
     Results go to ``work``; notebooks run in ``scratch``, where every path of the parameters is a link to the real place.
+    ``earlier``: the session that this one replaces in the same kernel, where the cells are run again by hand.
     """
 
-    def __init__(self, run: dict):
-        self.run, self.home, self.began = run, Path.cwd(), time.time()
+    def __init__(self, run: dict, earlier: "Session | None" = None):
+        # An earlier session has left the kernel in its scratch folder.
+        self.run, self.home, self.began = run, earlier.home if earlier else Path.cwd(), time.time()
+        self.earlier = earlier
         self.on_kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+        self.in_batch = os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
         self.inputs = self.home.parent / "input" if self.on_kaggle else None  # /kaggle/input beside /kaggle/working
         self.work = self.home if self.on_kaggle else self.home / run["run"]
         self.scratch = Path(tempfile.mkdtemp(prefix="eaft-"))
@@ -46,10 +52,10 @@ class Session:
 
     def start(self, wheel: str) -> None:
         """Everything before the first cell of the notebook proper; ``wheel`` is base85, or empty if it is mounted."""
-        get_ipython().events.register("post_run_cell", self._after_cell)
+        self._watch_cells()
         self.work.mkdir(exist_ok=True)
         self._write()
-        if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+        if self.in_batch:
             self._set_deadline()
         self._take_token()
         self._link_paths()
@@ -60,9 +66,10 @@ class Session:
     def finish(self, status: str, error: str | None = None) -> None:
         """Write the outcome, print the marker line, and put the results into the notebook as one JSON output.
 
-        By hand a cell may fail, be run again, and the last one still be reached; what is complete stays complete.
+        What is complete stays complete. By hand a cell may fail, be run again, and the last one still be reached; in a
+        batch that goes on after errors, what comes after the first proves nothing.
         """
-        if self.outcome["status"] == "complete":
+        if self.outcome["status"] == "complete" or (self.in_batch and self.outcome["status"] == "failed"):
             return
         if self.on_kaggle:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is for what came before
@@ -79,10 +86,44 @@ class Session:
         facts = {k: self.outcome[k] for k in ("run", "attempt", "status", "params_sha256", "seconds")}
         print(MARKER, json.dumps(facts), flush=True)
 
+    def _watch_cells(self) -> None:
+        """From now on no cell fails unseen, or shows a secret in its traceback."""
+        shell = get_ipython()
+        if self.earlier:
+            self.earlier._stop_watching(shell)
+        self.shown_by = {name: getattr(shell, name) for name in ("showtraceback", "_showtraceback")}
+        shell.events.register("post_run_cell", self._after_cell)
+        shell.showtraceback, shell._showtraceback = self._show_error, self._show_lines
+
+    def _stop_watching(self, shell) -> None:
+        shell.events.unregister("post_run_cell", self._after_cell)
+        for name, original in self.shown_by.items():
+            setattr(shell, name, original)
+
     def _after_cell(self, result) -> None:
         error = result.error_before_exec or result.error_in_exec
+        # The kernel's reply quotes them, and whoever runs the notebook prints the reply.
+        result.error_before_exec = result.error_before_exec and self._masked(result.error_before_exec)
+        result.error_in_exec = result.error_in_exec and self._masked(result.error_in_exec)
         if error is not None:
             self.finish("failed", "".join(traceback.format_exception(error)))
+
+    def _show_error(self, *args, **kwargs) -> None:
+        """For errors that IPython prints by itself: groups of exceptions, wrong uses of a magic."""
+        sys.stderr.flush()
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.shown_by["showtraceback"](*args, **kwargs)
+        print(self._without_secrets(said.getvalue()), end="", file=sys.stderr)
+
+    def _show_lines(self, kind, error, lines) -> None:
+        """For all others: their traceback's lines, which become the cell's output."""
+        self.shown_by["_showtraceback"](kind, self._masked(error), [self._without_secrets(line) for line in lines])
+
+    def _masked(self, error: BaseException) -> BaseException:
+        """The error itself, or one that reads the same but for the secrets: its class may word it in any way."""
+        text = str(error)
+        clean = self._without_secrets(text)
+        return error if clean == text else type(type(error).__name__, (Exception,), {})(clean)
 
     def _write(self) -> None:
         temporary = self.work / f".{OUTCOME}"
@@ -99,7 +140,10 @@ class Session:
         seconds = self.run["deadline_seconds"]
 
         def stop(*_):
-            raise TimeoutError(f"the notebook's own deadline of {seconds} s is over; push again to resume")
+            raise TimeoutError(
+                f"the notebook's own deadline of {seconds} s is over; what it finished is kept: "
+                "make kaggle-push PARAMS=... RESUME=1 goes on from there"
+            )
 
         signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -143,10 +187,10 @@ class Session:
                 raise FileNotFoundError(f"{name}: neither mounted nor in {self.home}; upload it there under this path")
             if sha256(place) != file["sha256"]:
                 raise ValueError(f"{place} is not the {name} that this notebook was built with (its SHA-256 differs)")
-            if file["resume"]:
-                shutil.copy(place, self.work / name)
-            else:
+            if not file["resume"]:
                 link(Path(name), place)
+            elif not (self.work / name).exists():  # a session that this one replaces has added to it
+                shutil.copy(place, self.work / name)
 
     def _find(self, mounts: list[str], name: str) -> Path | None:
         """The first of the mounts (patterns under the input folder) that is there, else ``name`` in the home folder."""
