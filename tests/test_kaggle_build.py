@@ -305,8 +305,10 @@ def stored(session, name, content=b"text", layout="datasets/o/f", resume=False):
 @pytest.mark.parametrize("layout", ["datasets/o/f", "f"])
 def test_carried_files_lie_where_the_parameters_say_in_both_layouts(session, layout):
     stored(session, "demo/model/config.json", layout=layout)
+    stored(session, "demo/packs/a[1].parquet", layout=layout)
     stored(session, "base.json", layout=layout, resume=True)
     session._link_paths()
+    assert Path("demo/packs/a[1].parquet").read_text() == "text"
     assert Path("demo/model/config.json").read_text() == "text"
     assert (session.work / "base.json").read_text() == "text" and not (session.work / "base.json").is_symlink()
     Path("outputs/x/new.json").write_text("1")
@@ -383,8 +385,12 @@ def test_a_damaged_wheel_is_not_installed(session):
         session._install(base64.b85encode(b"something else").decode())
 
 
-def test_the_deadline_stops_whatever_runs(session):
+def test_the_deadline_stops_whatever_runs(session, monkeypatch):
+    timers = []
+    real = signal.setitimer
+    monkeypatch.setattr(signal, "setitimer", lambda *a: timers.append(a[1:]) or real(*a))
     session._set_deadline()
+    assert timers == [(0.05, 30)]  # and again, should it fall where errors are caught
     try:
         with pytest.raises(TimeoutError, match=r"deadline of 0\.05 s is over; .* make kaggle-push .* RESUME=1"):
             signal.pause()

@@ -6,6 +6,7 @@ session leaves ``eaft_run.json`` and one marked output, however it ends.
 
 import base64
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -146,7 +147,7 @@ class Session:
             )
 
         signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 30)  # again: the first may fall where errors are caught
 
     def _take_token(self) -> None:
         """HF_TOKEN from the secrets of Kaggle or Colab; public repositories need none."""
@@ -182,7 +183,7 @@ class Session:
             else:
                 print(f"{name}: not mounted, comes from the Hugging Face hub")
         for name, file in self.run["files"].items():
-            place = self._find([f"{m}/{file['stored_as']}" for m in self.run["file_mounts"]], name)
+            place = self._find([f"{m}/{glob.escape(file['stored_as'])}" for m in self.run["file_mounts"]], name)
             if place is None:
                 raise FileNotFoundError(f"{name}: neither mounted nor in {self.home}; upload it there under this path")
             if sha256(place) != file["sha256"]:
