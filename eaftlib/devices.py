@@ -50,10 +50,11 @@ def place(device: str = "auto", dtype: str = "auto", max_gpu_memory: float | Non
     resolved = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ParameterError(f"device: {device!r} was asked for, but PyTorch sees no GPU. Use 'auto' or 'cpu'.")
+    used = range(processes) if processes > 1 else [resolved]
     if dtype == "auto":
         if resolved.type == "cpu":
             dtype, why = "float32", "a CPU is exact in it at little cost"
-        elif torch.cuda.get_device_capability(resolved) >= (8, 0):
+        elif min(map(torch.cuda.get_device_capability, used)) >= (8, 0):
             dtype, why = "bfloat16", "the type the model was published in"
         else:
             dtype, why = "float32", "this GPU lacks bfloat16, and float16 overflows on gpt-oss"

@@ -47,6 +47,8 @@ def evaluate(
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
+    gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
+    settings |= {"gpu_name": gpu and ", ".join(sorted(set(ranks.gather(gpu))))}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
     _check_labels(out_dir, metas)
     packs = list(only) if only is not None else source.names
@@ -64,7 +66,7 @@ def evaluate(
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
     left = {(b.pack, b.seq_len): b for b in jobs if _is_left(b, entries.values())}
     there = [f"{b.pack} {b.seq_len}" for b in jobs if (b.pack, b.seq_len) not in left]
-    if there and progress:
+    if there and progress and ranks.current()[0] == 0:
         print(f"finished by an earlier run of the same, not repeated: {', '.join(there)}")
     weights = Weights(checkpoint, placement) if left else None
     for key, blocks in left.items():
@@ -109,7 +111,7 @@ def _is_left(blocks: Blocks, finished: Iterable[dict]) -> bool:
 
 def _set_aside(paths: list[Path]) -> None:
     """Keep what a run with other settings has left under these labels, until the next one does the same."""
-    if ranks.current()[0] == 0:
+    if ranks.is_first_on_host():
         for old in (file for path in paths for file in (path, results.tokens_path(path)) if file.is_file()):
             old.replace(old.with_name(f"{old.name}.old"))
     ranks.largest(0.0)  # the other ranks write only after that
@@ -154,7 +156,6 @@ def _meta(
     label: str,
     keep: KeepSet | None,
 ) -> dict:
-    gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
     return {
         "label": label,
         "model_id": checkpoint.model_id,
@@ -170,7 +171,6 @@ def _meta(
         "code_sha256": project.code_sha256(),
         "device": placement.device.type,
         "dtype": str(placement.dtype).removeprefix("torch."),
-        "gpu_name": gpu,
         "torch": torch.__version__,
         "transformers_version": transformers.__version__,
         "python": platform.python_version(),

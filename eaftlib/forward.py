@@ -140,7 +140,10 @@ class _Run:
         """Ids of the blocks of each wave, in order. A rank takes a run of micro-batches, each composed as it would be alone."""
         rank, size = ranks.current()
         batches = torch.arange(len(self.tokens)).split(self.batch)
-        batches = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
+        first, last = (
+            -(-r * len(batches) // size) for r in (rank, rank + 1)
+        )  # rounded up: rank 0 has the largest share
+        batches = batches[first:last]
         if self.weights.resident or not batches:
             return list(batches)
         room = HOST_SHARE * free_bytes(torch.device("cpu")) / ranks.on_this_host()

@@ -23,6 +23,7 @@ from . import ranks
 from .errors import ScoringError
 
 READY = "ready"
+SHARED = "EAFT_SHARED"  # set in the processes that share a call
 GRACE_SECONDS = 5
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -40,7 +41,7 @@ def over_gpus(work: Callable[P, R]) -> Callable[P, R]:
         placement = call.arguments["placement"]
         if placement.processes == 1:
             return work(*args, **kwargs)
-        if "RANK" in os.environ:
+        if SHARED in os.environ:
             call.arguments["placement"] = placement.of_rank(ranks.current()[0])
             return work(*call.args, **call.kwargs)
         with _helpers(placement.processes, pickle.dumps((run, args, kwargs))):
@@ -68,6 +69,7 @@ class _Helper:
 
     def __init__(self, rank: int, folder: Path, group: dict[str, str]):
         self.rank, self.closing, self.errors = rank, False, folder / f"errors-{rank}"
+        self.ended = float("inf")  # when, by the monotonic clock
         program = f"from eaftlib.launch import serve; serve({str(folder / 'call')!r})"
         paths = os.pathsep.join(path for path in sys.path if path)
         with self.errors.open("w") as errors:
@@ -89,16 +91,10 @@ class _Helper:
     def _watch(self) -> None:
         """Interrupt rank 0: it would compute for hours what can no longer be put together."""
         failed = self.process.wait() != 0
+        self.ended = time.monotonic()
         time.sleep(GRACE_SECONDS)  # what is wrong with the call itself, rank 0 finds too, and says it better
         if failed and not self.closing:
             _thread.interrupt_main()
-
-    def failed(self, seconds: float) -> bool:
-        """Whether the process ends badly within ``seconds``."""
-        try:
-            return self.process.wait(seconds) != 0
-        except subprocess.TimeoutExpired:
-            return False
 
     def failure(self) -> ScoringError:
         last = (self.said() or "it said nothing").splitlines()[-1]
@@ -119,7 +115,7 @@ class _Helper:
 def _helpers(count: int, call: bytes) -> Iterator[None]:
     """Ranks 1 to ``count`` - 1 do the call while the body, rank 0, does the same."""
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    group |= {"MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    group |= {"MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo", SHARED: "1"}
     helpers: list[_Helper] = []
     with tempfile.TemporaryDirectory(prefix="eaft-") as folder, _environment(group | {"RANK": "0"}):
         (Path(folder) / "call").write_bytes(call)
@@ -144,11 +140,20 @@ def _helpers(count: int, call: bytes) -> Iterator[None]:
 
 
 def _require_success(helpers: list[_Helper], seconds: float | None) -> None:
-    """Raise what a helper that failed has to say; ``seconds``: how long to wait for each to end (None: until it does)."""
+    """Raise what the helper that failed first has to say: it took the others with it.
+
+    seconds: how long to wait for all to end (None: until they do).
+    """
     for helper in helpers:
-        if helper.failed(seconds):
-            sys.stderr.write(helper.said() + "\n")
-            raise helper.failure()
+        helper.closing = True  # from here on it is looked after here
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    while any(helper.process.poll() is None for helper in helpers) and time.monotonic() < end:
+        time.sleep(0.05)
+    failed = [helper for helper in helpers if helper.process.poll()]
+    for helper in failed:
+        sys.stderr.write(f"GPU {helper.rank}: {helper.said()}\n")
+    if failed:
+        raise min(failed, key=lambda helper: helper.ended).failure()
 
 
 @contextmanager

@@ -5,9 +5,13 @@ are equal.
 """
 
 import os
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(days=7)  # how long a rank waits for a slower one; one that is gone is noticed at once
 
 
 def current() -> tuple[int, int]:
@@ -15,7 +19,7 @@ def current() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("gloo")  # results are exchanged in host memory, once a pass
+        dist.init_process_group("gloo", timeout=PATIENCE)  # results are exchanged in host memory, once a pass
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -24,16 +28,37 @@ def on_this_host() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def is_first_on_host() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def add_up(tensors: list[torch.Tensor]) -> None:
     """Replace each host tensor by its sum over ranks: exact where at most one rank's value is not zero."""
     if current()[1] > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _reduce(tensor, dist.ReduceOp.SUM)
 
 
 def largest(value: float) -> float:
     """The largest of the ranks' values."""
     tensor = torch.tensor(value, dtype=torch.float64)
     if current()[1] > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        _reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def gather(value: str) -> list[str]:
+    """Every rank's value."""
+    size = current()[1]
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _reduce(tensor: torch.Tensor, how: dist.ReduceOp) -> None:
+    """In short waits, so that an interrupt, a deadline or a lost rank is acted upon while others still compute."""
+    work = dist.all_reduce(tensor, how, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.01)
+    work.wait()

@@ -109,14 +109,15 @@ def read(path: str | Path) -> Result:
     from .schema import ResultFile
 
     path = Path(path)
-    content = read_json(path, ResultError, "run 03_evaluate (again)")
+    content = read_json(path, ResultError, "remove it if it is damaged, and run 03_evaluate")
     try:
         ResultFile.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ResultError(
-            f"{path} is not a valid result: {where}: {first['msg']} ({error.error_count()} problems). Evaluate again."
+            f"{path} is not a valid result: {where}: {first['msg']} ({error.error_count()} problems). Remove it, and "
+            "evaluate again."
         ) from error
     return Result(path, content["meta"].get("label", path.stem), content)
 
@@ -145,7 +146,7 @@ def read_tokens(path: Path) -> dict[tuple[str, int], Tokens]:
     """(pack, seq_len) -> per-token values, as the file has them. Raises ResultError when it cannot be read."""
     try:
         table = pq.read_table(path, columns=list(_TOKEN_COLUMNS))
-    except (FileNotFoundError, pa.ArrowInvalid) as cause:
+    except (OSError, pa.ArrowException) as cause:
         raise ResultError(f"{path} cannot be read ({cause}): remove it with its JSON, and evaluate again") from cause
     keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
     return {(key["pack"], key["seq_len"]): _tokens_of(table, **key) for key in keys}

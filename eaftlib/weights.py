@@ -67,7 +67,8 @@ class Weights:
             stream.synchronize()
             return layer
 
-        with ThreadPoolExecutor(1) as reader:
+        # A thread begins on the first GPU, whichever one this process has.
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(self.device,)) as reader:
             coming = reader.submit(read, 0)
             for index in range(self.checkpoint.num_layers):
                 try:

@@ -23,6 +23,7 @@ from kaggle_server import (
     write_params,
 )
 
+from eaftlib import results
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.kaggle import driver, ledger, outcome
 from eaftlib.kaggle.service import LimitReached, Service
@@ -138,6 +139,16 @@ def test_a_kernel_that_shows_itself_late_is_not_pushed_twice(here, server, monke
     assert ledger.find(run).state == "submitted" and ledger.find(run).version == 1
 
 
+def test_two_pushes_without_an_answer_are_each_waited_for(here, server, monkeypatch):
+    """The first did not arrive; the second did, and shows itself late."""
+    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=2))
+    server.inject("SaveKernel", "drop before", "drop after")
+    hide = lambda *_: server.inject("GetKernel", *["unknown"] * 9)  # noqa: E731
+    server.on_call = lambda method, phase: (method, phase) == ("SaveKernel", "after") and hide()
+    run = push_one(here, server)
+    assert server.injected.count("unknown") == 9 and len(server.kernels[run]) == 1
+
+
 def test_a_push_that_arrives_after_the_client_gave_up_is_not_repeated(here, server, monkeypatch):
     monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=20))
     server.inject("SaveKernel", "late")
@@ -190,7 +201,7 @@ def test_at_a_limit_it_waits(here, server, text):
 @pytest.mark.parametrize("text", LIMITS)
 def test_at_a_limit_it_stops_when_asked_to(here, server, text):
     server.refusals.extend([text])
-    with pytest.raises(LimitReached, match=r"1 run\(s\) stay queued"):
+    with pytest.raises(LimitReached, match=r"1 run\(s\) wait"):
         push(here, "eval", at_limit="stop")
     assert server.calls.count("SaveKernel") == 1 and ledger.entries()[0].state == "queued"
     assert push(here, "eval", at_limit="stop")[0].state == "submitted"
@@ -397,7 +408,9 @@ def backdate(run, **age):
     """As if every step had been taken that long ago."""
     entry = ledger.find(run)
     at = (datetime.now(UTC) - timedelta(**age)).isoformat()
-    ledger.save(entry.model_copy(update={"steps": [step.model_copy(update={"at": at}) for step in entry.steps]}))
+    steps = [step.model_copy(update={"at": at}) for step in entry.steps]
+    unknown_since = entry.unknown_since and entry.unknown_since - timedelta(**age)
+    ledger.save(entry.model_copy(update={"steps": steps, "unknown_since": unknown_since}))
 
 
 def test_running_long_after_the_sessions_limit_is_not_believed(here, server):
@@ -414,8 +427,60 @@ def test_a_kernel_that_is_gone_is_a_failure_but_not_at_once(here, server):
     run = push_one(here, server)
     del server.kernels[run]
     assert driver.pull(impatient())[0].state == "submitted"
+    assert driver.pull(impatient())[0].state == "submitted"
     backdate(run, minutes=16)
-    assert driver.pull(impatient())[0].steps[-1].note.startswith("the service has no such kernel")
+    (entry,) = driver.pull(impatient())
+    assert entry.state == "failed" and entry.steps[-1].note.startswith("the service has no such kernel")
+
+
+def test_a_running_session_that_is_denied_once_is_not_given_up(here, server):
+    run = push_one(here, server)
+    server.latest(run).stale = 2
+    assert driver.pull(impatient())[0].state == "running"
+    backdate(run, hours=5)
+    server.inject("GetKernelSessionStatus", "unknown")
+    assert [driver.pull(impatient())[0].state for _ in range(3)] == ["running", "running", "verified"]
+    assert ledger.find(run).unknown_since is None
+
+
+def test_a_session_that_was_given_up_as_overdue_stays_so_while_it_says_running(here, server):
+    """Each look must not begin another half day of waiting."""
+    run = push_one(here, server)
+    server.latest(run).stale = 99
+    driver.pull(impatient())
+    server.extra_files = {"../x": b""}
+    backdate(run, hours=13)
+    assert driver.pull(impatient())[0].state == "failed"
+    assert driver.pull(impatient(), [run])[0].state == "failed"
+    server.extra_files = {}
+    assert driver.pull(impatient(), [run])[0].state == "verified"
+
+
+def test_a_push_whose_answer_was_lost_is_found_by_status_too(here, server):
+    server.inject("SaveKernel", "drop after")
+    server.inject("GetKernel", "unknown")
+    server.on_call = lambda method, phase: (
+        (method, phase) == ("SaveKernel", "after") and server.inject("GetKernel", "unknown")
+    )
+    with pytest.raises(KaggleError, match=r"1 run\(s\) wait"):
+        push(here, "eval", at_limit="stop")
+    (entry,) = ledger.entries()
+    assert "whether it arrived is not known: repeat make kaggle-push" in driver.describe(entry)
+    assert [e.state for e in driver.follow(impatient())] == ["pushing"]
+    server.wait(entry.run)
+    assert [e.state for e in driver.pull(impatient())] == ["verified"] and len(server.kernels[entry.run]) == 1
+
+
+def test_a_status_that_cannot_be_had_holds_up_neither_the_others_nor_a_free_session(here, server):
+    first, *_ = push(here, "eval-a")
+    server.wait(first.run)
+    server.inject("GetKernelSessionStatus", *[500] * 8)
+    (second,) = push(here, "eval-b")
+    assert second.state == "submitted" and ledger.find(first.run).state == "submitted"
+    server.wait(second.run)
+    server.inject("GetKernelSessionStatus", *[500] * 8)
+    said = []
+    assert [e.run for e in driver.follow(impatient(), say=said.append)] == [second.run] and first.run in said[0]
 
 
 def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, play):
@@ -549,6 +614,25 @@ def test_damaged_partial_results_are_not_carried_along(here, server, play, name,
     server.session = lambda version: play(version, change=damage)
     run = push_one(here, server)
     driver.pull(impatient())
+    push(here, "eval", resume=True)
+    assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
+
+
+def test_a_parquet_with_damaged_pages_is_not_carried_along(here, server, play):
+    """Its ends are whole, so that it opens; what lies between is not."""
+
+    def damage(folder, outcome):
+        outcome.update(status="failed", error="E: x")
+        file = folder / "base.tokens.parquet"
+        content = bytearray(file.read_bytes())
+        content[8:-800] = bytes(len(content) - 808)
+        file.write_bytes(content)
+
+    server.session = lambda version: play(version, change=damage)
+    run = push_one(here, server)
+    driver.pull(impatient())
+    with pytest.raises(ResultError, match=r"base\.tokens\.parquet cannot be read"):
+        results.read_tokens(driver.failed_folder(ledger.find(run), 1) / "base.tokens.parquet")
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 
@@ -730,9 +814,8 @@ def test_pages_without_end_are_refused(here, server, monkeypatch):
 def test_a_data_set_that_came_without_a_file_is_not_used(here, server, monkeypatch):
     create = server.CreateDataset
     monkeypatch.setattr(server, "CreateDataset", lambda r: create(r | {"files": r["files"][1:]}))
-    with pytest.raises(KaggleError, match=r"came to Kaggle without \['tiny__"):
-        push(here, "eval")
-    assert not server.kernels and ledger.entries()[0].state == "queued"
+    (entry,) = push(here, "eval")
+    assert entry.state == "failed" and "came to Kaggle without ['tiny__" in entry.steps[-1].note and not server.kernels
 
 
 def test_an_unknown_run_is_named(here, server):

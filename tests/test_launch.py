@@ -32,7 +32,8 @@ def shares(folder, *, placement):
     note(folder, "seen")
     total = torch.tensor([10.0 ** ranks.current()[0]])
     ranks.add_up([total])
-    return ranks.current(), ranks.on_this_host(), placement, total.item()
+    names = ranks.gather(f"gpu {ranks.current()[0]}")
+    return ranks.current(), ranks.on_this_host(), placement, total.item(), names
 
 
 @over_gpus
@@ -47,6 +48,18 @@ def fails(folder, how, placement):
         ranks.largest(0.0)
     for _ in range(6000):
         time.sleep(0.01)
+
+
+@over_gpus
+def fails_last(folder, how, placement):
+    """Of three, the last one, while the second still computes and the first waits."""
+    if ranks.current()[0] == 2:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ScoringError("block 3, position 7: nll nan")
+    if ranks.current()[0] == 1 and how != "raises in a sum":
+        time.sleep(60)
+    ranks.largest(0.0)
 
 
 @over_gpus
@@ -86,9 +99,9 @@ def is_gone(pid):
 def test_each_rank_gets_the_call_and_its_own_placement(tmp_path):
     before = dict(os.environ)
     for processes in (2, 3):  # what the first call leaves behind must not disturb the second
-        rank, local, placement, total = shares(tmp_path, placement=replace(TWO, processes=processes))
+        rank, local, placement, total, names = shares(tmp_path, placement=replace(TWO, processes=processes))
         assert rank == (0, processes) and local == processes and total == float("1" * processes)
-        assert placement == replace(TWO, processes=1)
+        assert placement == replace(TWO, processes=1) and names == [f"gpu {r}" for r in range(processes)]
         pids = {file.name: file.read_text() for file in tmp_path.iterdir()}
         assert sorted(pids) == [f"seen-{r}" for r in range(processes)] and len(set(pids.values())) == processes
         assert pids.pop("seen-0") == str(os.getpid()) and all(map(is_gone, pids.values()))
@@ -115,6 +128,22 @@ def test_a_rank_that_fails_ends_the_call_with_its_reason(tmp_path, monkeypatch, 
     with pytest.raises(ScoringError, match=words):
         fails(tmp_path, how, TWO)
     assert time.monotonic() - started < 50  # not when rank 0 has done its minute of work
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("raises", "GPU 2 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
+        ("raises in a sum", "GPU 2 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
+        ("killed", "GPU 2 ended with status -9: it said nothing"),
+    ],
+)
+def test_of_several_the_one_that_failed_first_is_named_and_soon(tmp_path, monkeypatch, how, words):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1)
+    started = time.monotonic()
+    with pytest.raises(ScoringError, match=words):
+        fails_last(tmp_path, how, replace(TWO, processes=3))
+    assert time.monotonic() - started < 40  # not when the others have done their minute of work
 
 
 def test_what_is_wrong_with_the_call_is_said_as_one_process_says_it():

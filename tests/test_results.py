@@ -146,7 +146,9 @@ def test_json_that_was_cut_short_is_named(path, share):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ResultError, match=r"nothing\.json does not exist; run 03_evaluate"):
+    with pytest.raises(
+        ResultError, match=r"nothing\.json does not exist; remove it if it is damaged, and run 03_evaluate"
+    ):
         results.read(tmp_path / "nothing.json")
 
 

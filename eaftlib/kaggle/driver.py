@@ -24,6 +24,11 @@ _ALIVE = ("QUEUED", "RUNNING")
 _ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
+
+class BadDataset(KaggleError):
+    """A data set that this run needs is there, but not whole."""
+
+
 Say = Callable[[str], None]
 say_now = functools.partial(print, flush=True)  # also where nobody watches but a log file
 
@@ -55,6 +60,8 @@ def push(
             entry = _enqueue(plan, settings, service, resume, say)
         runs.append(entry.run)
         say(describe(entry))
+        if resume and entry.state in (*ACTIVE, "ended"):
+            say("    it has not failed: make kaggle-pull brings what it leaves")
         if entry.state == "failed" and not resume:
             say("    to push it again with what it has: --resume (make kaggle-push ... RESUME=1)")
     _mention_left_behind(plans, say)
@@ -72,7 +79,7 @@ def push(
             return [ledger.find(run) for run in runs]
         limit = limit or LimitReached(f"all {settings.gpu_sessions} GPU sessions are in use")
         if at_limit == "stop":
-            raise type(limit)(f"{limit}; {len(waiting)} run(s) stay queued: repeat the command later")
+            raise type(limit)(f"{limit}; {len(waiting)} run(s) wait: repeat the command later")
         line = f"{_counts(service)}; waiting: {limit}"
         if line != shown:
             say(f"{datetime.now():%H:%M:%S}  {line}")
@@ -80,10 +87,19 @@ def push(
         time.sleep(poll_seconds * (10 if "quota" in str(limit).lower() else 1))  # the quota is a week's
 
 
-def follow(service: Service, runs: Sequence[str] = ()) -> list[Entry]:
-    """Ask the service about every run that has not ended (of ``runs``, or of all the account's); returns their entries."""
+def follow(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list[Entry]:
+    """Ask the service about every run that has not ended (of ``runs``, or of all the account's); returns their entries.
+
+    One that cannot be asked about is mentioned.
+    """
+    entries = []
     with ledger.locked():
-        return [_refresh(service, entry) for entry in _chosen(service, runs)]
+        for entry in _chosen(service, runs):
+            try:
+                entries.append(_refresh(service, entry))
+            except KaggleError as error:
+                say(f"{entry.run}  {error}")
+    return entries
 
 
 def pull(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list[Entry]:
@@ -133,7 +149,7 @@ def describe(entry: Entry) -> str:
     minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
     note = entry.steps[-1].note
     told = {"queued": note or entry.params_file, "verified": str(result_folder(entry)), "failed": note}
-    told["pushing"] = "asking Kaggle whether it arrived"
+    told["pushing"] = "whether it arrived is not known: repeat make kaggle-push"
     return f"{entry.run}  {entry.state} {minutes} min  {told.get(entry.state, entry.url)}"
 
 
@@ -214,35 +230,53 @@ def _mention_left_behind(plans: Sequence, say: Say) -> None:
 
 
 def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+    """One round. Raises LimitReached, or Unreachable when all else is done and of some run it is not known where it is."""
+    unclear = None
     for entry in _own(service):
-        if entry.state == "pushing":  # a process ended between the intent and the answer
-            _submit(service, entry, say)
-        elif entry.state in ACTIVE:
-            _refresh(service, entry)
+        try:
+            if entry.state == "pushing":  # a process ended between the intent and the answer
+                _submit(service, entry, say)
+            else:
+                _refresh(service, entry)
+        except Unreachable as error:  # it keeps its place among the sessions
+            unclear = error
     for run in runs:
         entry = ledger.find(run)
         in_use = sum(e.state in ACTIVE for e in _own(service))
         if entry.state == "queued" and in_use < sessions:
             _submit(service, entry, say)
+    if unclear:
+        raise unclear
 
 
 def _submit(service: Service, entry: Entry, say: Say) -> None:
     """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again."""
     again = entry.state == "pushing"
     if not again:
-        for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
-            _ensure_dataset(service, metadata.parent)
+        try:
+            for metadata in sorted(push_folder(entry).glob("*/dataset-metadata.json")):
+                _ensure_dataset(service, metadata.parent)
+        except BadDataset as error:
+            say(describe(entry.enter("failed", str(error))))
+            return
         entry = entry.enter("pushing")
-    there = service.source(entry.run)
-    if there and f"'attempt': {entry.attempt}," in there[0]:
-        url = f"https://www.kaggle.com/code/{entry.ref}"
-        entry = entry.enter("submitted", "was already there", version=there[1], url=url)
+    if there := _arrived(service, entry):
+        entry = there
     elif again and _age_of_attempt(entry) < SETTLE:
         raise Unreachable(f"whether {entry.run} arrived is not known yet")
     else:
-        entry = _push(service, entry, say)
+        entry = _push(service, entry.enter("pushing", "again: it did not arrive") if again else entry, say)
     if entry.state == "submitted":
         say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+
+
+def _arrived(service: Service, entry: Entry) -> Entry | None:
+    """The entry as submitted, if the service shows a kernel of its present attempt."""
+    there = service.source(entry.run)
+    if there is None or f"'attempt': {entry.attempt}," not in there[0]:
+        return None
+    url = f"https://www.kaggle.com/code/{entry.ref}"
+    return entry.enter("submitted", "is there", version=there[1], url=url)
 
 
 def _push(service: Service, entry: Entry, say: Say) -> Entry:
@@ -273,27 +307,30 @@ def _ensure_dataset(service: Service, folder: Path) -> None:
         service.create_dataset(folder)
     status = service.dataset_status(slug)
     if status in ("failed", "deleted"):
-        raise KaggleError(f"Kaggle says that the data set {slug} has {status}: remove it there, and push again")
+        raise BadDataset(f"Kaggle says that the data set {slug} has {status}: remove it there, and push again")
     if status != "ready":
         raise Unreachable(f"the data set {slug} is not ready yet ({status})")
     expected = {file.name for file in folder.iterdir()} - {"dataset-metadata.json"}
     if missing := sorted(expected - service.dataset_files(slug)):
-        raise KaggleError(f"the data set {slug} came to Kaggle without {missing}: remove it there, and push again")
+        raise BadDataset(f"the data set {slug} came to Kaggle without {missing}: remove it there, and push again")
 
 
 def _refresh(service: Service, entry: Entry) -> Entry:
     """The entry with the service's word taken in."""
-    if entry.state not in ("submitted", "running"):
+    if entry.state not in ACTIVE:
         return entry
     _require_own(service, entry)
+    if entry.state == "pushing" and not (entry := _arrived(service, entry) or entry).url:
+        return entry
     answer = service.status(entry.run)
-    status, message = answer or ("UNKNOWN", "the service has no such kernel, or does not show it to this account")
-    age = datetime.now(UTC) - entry.since
-    overdue = entry.state == "running" and age > timedelta(seconds=entry.session_seconds) + GRACE
-    if status == "RUNNING" and overdue:
-        status, message = "ERROR", "the service still says RUNNING, long after the session's limit"
-    if status == "UNKNOWN" and age > GRACE:
-        return entry.enter("failed", message)
+    if answer is None:
+        return _unknown(entry)
+    if entry.unknown_since:
+        entry = entry.enter(entry.state, "is there again", unknown_since=None)
+    status, message = answer
+    first_seen, limit = entry.running_since, timedelta(seconds=entry.session_seconds) + GRACE
+    if status not in _ENDED and first_seen and datetime.now(UTC) - first_seen > limit:
+        status, message = "ERROR", f"the service still says {status}, long after the session's limit"
     if status in _ENDED:
         return entry.enter("ended", f"{status} {message}".strip())
     if status == "RUNNING" and entry.state == "submitted":
@@ -301,13 +338,19 @@ def _refresh(service: Service, entry: Entry) -> Entry:
     return entry
 
 
+def _unknown(entry: Entry) -> Entry:
+    """Denied for a moment, a kernel may be too new to be seen, or the service ill; denied for long, it is gone."""
+    now = datetime.now(UTC)
+    note = "the service has no such kernel, or does not show it to this account"
+    if entry.unknown_since is None:
+        return entry.enter(entry.state, note, unknown_since=now)
+    return entry.enter("failed", note, unknown_since=None) if now - entry.unknown_since > GRACE else entry
+
+
 def _look_again(service: Service, entry: Entry) -> Entry:
     """Reopen a run that was settled, if its kernel shows the present attempt."""
     _require_own(service, entry)
-    there = service.source(entry.run)
-    if there and f"'attempt': {entry.attempt}," in there[0]:
-        return entry.enter("submitted", "is looked at again", version=there[1])
-    return entry
+    return _arrived(service, entry) or entry
 
 
 def _fetch(service: Service, entry: Entry) -> Entry:

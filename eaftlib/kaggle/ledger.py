@@ -43,6 +43,7 @@ class Entry(BaseModel):
     version: int | None = None
     url: str | None = None
     steps: list[Step]
+    unknown_since: datetime | None = None  # since when the service has denied that there is such a kernel
     results: dict[str, str] = {}
 
     @property
@@ -58,6 +59,17 @@ class Entry(BaseModel):
         """When the present attempt was last about to be submitted."""
         pushing = (step.at for step in reversed(self.steps) if step.state == "pushing")
         return next(map(datetime.fromisoformat, pushing), None)
+
+    @property
+    def running_since(self) -> datetime | None:
+        """When the present attempt was first seen running."""
+        at = None
+        for step in self.steps:
+            if step.state == "pushing":
+                at = None
+            elif step.state == "running" and at is None:
+                at = datetime.fromisoformat(step.at)
+        return at
 
     @property
     def since(self) -> datetime:
@@ -78,7 +90,7 @@ def folder(run: str) -> Path:
 
 
 def save(entry: Entry) -> None:
-    write_json(folder(entry.run) / LEDGER, entry.model_dump(by_alias=True))
+    write_json(folder(entry.run) / LEDGER, entry.model_dump(mode="json", by_alias=True))
 
 
 def find(run: str) -> Entry | None:
