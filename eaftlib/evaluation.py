@@ -59,15 +59,11 @@ def evaluate(
         for length in seq_lens
     ]
     masks = [keep and keep.mask for keep in keep_sets.values()]
-    entries: dict[str, dict] = {}
-    tokens: dict[str, dict] = {}
+    finished = {label: _finished(out_dir / f"{label}.json", meta) for label, meta in metas.items()}
+    entries, tokens = ({label: pair[i] for label, pair in finished.items()} for i in (0, 1))
     for label, meta in metas.items():
-        entries[label], tokens[label] = _finished(out_dir / f"{label}.json", meta)
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
-    left = {(b.pack, b.seq_len): b for b in jobs if _is_left(b, entries.values())}
-    there = [f"{b.pack} {b.seq_len}" for b in jobs if (b.pack, b.seq_len) not in left]
-    if there and progress and ranks.current()[0] == 0:
-        print(f"finished by an earlier run of the same, not repeated: {', '.join(there)}")
+    left = _left(jobs, entries, progress)
     weights = Weights(checkpoint, placement) if left else None
     for key, blocks in left.items():
         run = forward.score(weights, blocks, keep_sets=masks, entropy_topk=entropy_topk, progress=progress)
@@ -100,6 +96,15 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         if expected and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
+
+
+def _left(jobs: Sequence[Blocks], entries: dict[str, dict], progress: bool) -> dict[tuple[str, int], Blocks]:
+    """Passes that an earlier run has not finished."""
+    left = {(b.pack, b.seq_len): b for b in jobs if _is_left(b, entries.values())}
+    there = [f"{b.pack} {b.seq_len}" for b in jobs if (b.pack, b.seq_len) not in left]
+    if there and progress and ranks.current()[0] == 0:
+        print(f"finished by an earlier run of the same, not repeated: {', '.join(there)}")
+    return left
 
 
 def _is_left(blocks: Blocks, finished: Iterable[dict]) -> bool:

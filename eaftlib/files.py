@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and JSON that explains itself when it cannot be read."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -25,6 +26,11 @@ def parse_json(path: Path, error: type[EaftError], advice: str) -> object:
         raise error(f"{path} does not exist; {advice}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as cause:
         raise error(f"{path} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:

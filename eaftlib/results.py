@@ -1,6 +1,5 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import ResultError
-from .files import parse_json, read_json, write_atomically, write_json
+from .files import parse_json, read_json, sha256, write_atomically, write_json
 from .statistics import Tokens
 
 SCHEMA = "eaft-result/1"
@@ -63,7 +62,7 @@ class Result:
         path = tokens_path(self.path)
         if not path.is_file():
             return None
-        if _sha256(path) != self.meta.get("tokens_sha256"):
+        if sha256(path) != self.meta.get("tokens_sha256"):
             raise ResultError(
                 f"{path} is not the file that {self.path.name} was written with (its SHA-256 differs): an evaluation was "
                 "interrupted, or files of two runs were mixed. Evaluate again, or remove the parquet to use binned values."
@@ -97,7 +96,7 @@ def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int]
         tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _TOKEN_COLUMNS.items()}))
     table = pa.concat_tables(tables).unify_dictionaries()
     write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
-    content = content | {"meta": content["meta"] | {"tokens_sha256": _sha256(tokens_path(path))}}
+    content = content | {"meta": content["meta"] | {"tokens_sha256": sha256(tokens_path(path))}}
     write_json(path, content)
     return path
 
@@ -185,8 +184,3 @@ def _merged(parts: list[Result]) -> Result:
 def holds_packs(path: Path) -> bool:
     content = parse_json(path, ResultError, "remove it or run 03_evaluate again")
     return isinstance(content, dict) and "packs" in content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Structural pruning: a checkpoint without the removed experts, cut in the stored format and written as a stream."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ import numpy as np
 
 from .checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
 from .errors import CheckpointError
-from .files import write_json
+from .files import sha256, write_json
 from .keepsets import KeepSet
 
 SHARD_BYTES = 4 << 30  # as large as the published checkpoint's
@@ -84,7 +83,7 @@ def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, pr
         hashes: dict = {}
 
         def finished(file: str) -> None:
-            hashes[file] = hasher.submit(_sha256, folder / file)
+            hashes[file] = hasher.submit(sha256, folder / file)
 
         _write_shards(checkpoint, keep, folder, sizes, finished, progress)
         for file in _write_other_files(checkpoint, keep, folder):
@@ -186,11 +185,6 @@ def _write_other_files(checkpoint: Checkpoint, keep: KeepSet, folder: Path) -> l
     mapping = {str(layer): {str(new): int(old) for new, old in enumerate(ids)} for layer, ids in enumerate(keep.ids)}
     write_json(folder / MAPPING, mapping)
     return [*written, "config.json", MAPPING]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_all(checkpoint: Checkpoint) -> KeepSet:

@@ -190,12 +190,16 @@ LIMITS = ["Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU q
 
 
 @pytest.mark.parametrize("text", LIMITS)
-def test_at_a_limit_it_waits(here, server, text):
+def test_at_a_limit_it_waits(here, server, monkeypatch, text):
+    """For a session a poll at a time; for the week's quota much longer."""
+    waits, sleep = [], driver.time.sleep
+    monkeypatch.setattr(driver.time, "sleep", lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.05))))
     server.refusals.extend([text] * 3)
     said = []
     (entry,) = push(here, "eval", say=said.append)
     assert entry.state == "submitted" and server.calls.count("SaveKernel") == 4
     assert sum(text in line for line in said) == 1  # one line for one reason
+    assert waits.count(0.2 if "quota" in text else 0.02) == 3
 
 
 @pytest.mark.parametrize("text", LIMITS)

@@ -46,7 +46,7 @@ def fails(folder, how, placement):
         raise ScoringError("block 3, position 7: nll nan")
     if "sum" in how:
         ranks.largest(0.0)
-    for _ in range(6000):
+    for _ in range(60000):
         time.sleep(0.01)
 
 
@@ -58,7 +58,7 @@ def fails_last(folder, how, placement):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ScoringError("block 3, position 7: nll nan")
     if ranks.current()[0] == 1 and how != "raises in a sum":
-        time.sleep(60)
+        time.sleep(600)
     ranks.largest(0.0)
 
 
@@ -127,7 +127,7 @@ def test_a_rank_that_fails_ends_the_call_with_its_reason(tmp_path, monkeypatch, 
     started = time.monotonic()
     with pytest.raises(ScoringError, match=words):
         fails(tmp_path, how, TWO)
-    assert time.monotonic() - started < 50  # not when rank 0 has done its minute of work
+    assert time.monotonic() - started < 200  # not when rank 0 has done its ten minutes of work
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_of_several_the_one_that_failed_first_is_named_and_soon(tmp_path, monkey
     started = time.monotonic()
     with pytest.raises(ScoringError, match=words):
         fails_last(tmp_path, how, replace(TWO, processes=3))
-    assert time.monotonic() - started < 40  # not when the others have done their minute of work
+    assert time.monotonic() - started < 200  # not when the others have done their ten minutes of work
 
 
 def test_what_is_wrong_with_the_call_is_said_as_one_process_says_it():

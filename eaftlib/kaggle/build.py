@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 
 from .. import notebooks, params, project
 from ..errors import KaggleError, ParameterError
-from ..files import write_json
+from ..files import sha256, write_json
 
 ROOT = Path(__file__).parents[2]  # the repository that this library is run from
 SETTINGS_FILE = Path("params/kaggle.yaml")
@@ -213,11 +213,6 @@ def _require_all_code(wheel: Path, expected: str, folder: Path) -> None:
             f"{wheel.name} differs from {ROOT / 'eaftlib'}: a file changed just now (repeat the command), or pyproject.toml's "
             "packages do not name every folder with code"
         )
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan:

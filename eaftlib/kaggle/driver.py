@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import KaggleError, ResultError
+from ..files import sha256
 from . import ledger, outcome
 from .ledger import ACTIVE, Entry
-from .service import LimitReached, Refused, Service, Unreachable
+from .service import LimitReached, QuotaReached, Refused, Service, Unreachable
 
 POLL_SECONDS = 60
+QUOTA_POLLS = 10  # of which one is enough while the week's quota is used up
 # What the service says may lag behind: a kernel just pushed may be unknown, or show its previous version's end.
 GRACE = timedelta(minutes=15)
 # How long a push without an answer may take to show itself, before it is made again.
@@ -25,12 +27,12 @@ _ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-class BadDataset(KaggleError):
-    """A data set that this run needs is there, but not whole."""
-
-
 Say = Callable[[str], None]
 say_now = functools.partial(print, flush=True)  # also where nobody watches but a log file
+
+
+class BadDataset(KaggleError):
+    """A data set that this run needs is there, but not whole."""
 
 
 def push(
@@ -51,9 +53,8 @@ def push(
     from . import build
 
     settings = build.read_settings()
-    plans = [
-        build.plan(Path(file), settings) for file in params_files
-    ]  # a mistake in one is found before any is queued
+    # A mistake in one is found before any is queued.
+    plans = [build.plan(Path(file), settings) for file in params_files]
     runs = []
     for plan in plans:
         with ledger.locked():
@@ -84,7 +85,7 @@ def push(
         if line != shown:
             say(f"{datetime.now():%H:%M:%S}  {line}")
         shown = line
-        time.sleep(poll_seconds * (10 if "quota" in str(limit).lower() else 1))  # the quota is a week's
+        time.sleep(poll_seconds * (QUOTA_POLLS if isinstance(limit, QuotaReached) else 1))
 
 
 def follow(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list[Entry]:
@@ -185,7 +186,7 @@ def _enqueue(plan, settings, service: Service, resume: bool, say: Say) -> Entry:
     target, temporary = folder / f"push-{attempt}", folder / f".push-{attempt}"
     for leftover in (target, temporary):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
-    carried = [build.Carried(f.name, f, build.sha256(f), resume=True) for f in partial]
+    carried = [build.Carried(f.name, f, sha256(f), resume=True) for f in partial]
     build.build(plan, settings, temporary, service.owner, attempt=attempt, resume=carried)
     temporary.rename(target)
     seconds = build.session_seconds(settings)

@@ -11,12 +11,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from .. import results
 from ..errors import ResultError
-from ..files import parse_json, write_json
+from ..files import parse_json, sha256, write_json
 from ..keepsets import keep_count, read_ranking
 from ..packs import UNION
 from ..params import Evaluate
 from .ledger import Entry
-from .setup_cell import OUTCOME, SCHEMA, sha256
+from .setup_cell import OUTCOME, SCHEMA
 
 ENDED_EARLY = "the session ended before its notebook did: killed, out of memory, or out of time"
 
@@ -61,9 +61,8 @@ def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
     for name, digest in outcome.files.items():
         if not (folder / name).is_file():
             raise ResultError(f"{name} did not come back, although the session wrote it")
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ResultError(f"{name} is not the file that the session wrote: its SHA-256 differs")
+        if sha256(folder / name) != digest:
+            raise ResultError(f"{name} is not the file that the session wrote: its SHA-256 differs")
     wanted = expected_files(entry.notebook, entry.params)
     if missing := sorted(set(wanted) - set(outcome.files)):
         raise ResultError(f"the session wrote {sorted(outcome.files)}; {missing} are missing")

@@ -32,6 +32,10 @@ class LimitReached(KaggleError):
     """The account's limit: sessions at a time, or the week's quota of hours. Time helps."""
 
 
+class QuotaReached(LimitReached):
+    """The week's hours are used up: there is no hurry to ask again."""
+
+
 class Refused(KaggleError):
     """The service understood the call and said no; ``status`` is its HTTP status."""
 
@@ -83,7 +87,8 @@ class Service:
         answer = self._call("push", lambda: self._api.kernels_push(str(folder), timeout=str(session_seconds)), tries=1)
         if answer.error:
             if _LIMIT.search(answer.error):
-                raise LimitReached(self._clean(answer.error))
+                kind = QuotaReached if "quota" in answer.error.lower() else LimitReached
+                raise kind(self._clean(answer.error))
             raise Refused(200, self._clean(answer.error))
         kinds = ("dataset", "model", "kernel", "competition")
         missing = [s for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
