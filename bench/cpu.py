@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from harness import ROOT, side_by_side
 from transformers import AutoModelForCausalLM
 
-from eaftlib import devices, forward, slicing
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.keepsets import KeepSet
-from eaftlib.packs import UNION, Blocks, PackSource, pack_blocks
-from eaftlib.weights import Weights
+from eaftlib.engine import forward
+from eaftlib.engine import placement as devices
+from eaftlib.engine.weights import Weights
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning import slicing
+from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.text.packs import UNION, Blocks, PackSource, pack_blocks
 
 
 def plain_loop(model, blocks: Blocks) -> torch.Tensor:

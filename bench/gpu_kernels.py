@@ -8,12 +8,12 @@ from harness import side_by_side
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
-from eaftlib import experts as measured
-from eaftlib import mxfp4
-from eaftlib.attention import attention_with_sinks
+from eaftlib.engine import experts as measured
+from eaftlib.engine.attention import attention_with_sinks
 from eaftlib.kernels import token_statistics as statistics
 from eaftlib.kernels.fused.attention import attention
 from eaftlib.kernels.fused.mxfp4 import decode
+from eaftlib.model import mxfp4
 
 CONFIG = GptOssConfig()
 BF16 = torch.bfloat16

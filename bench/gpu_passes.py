@@ -12,11 +12,12 @@ from make_checkpoint import write_checkpoint
 from torch.profiler import ProfilerActivity
 from transformers import GptOssForCausalLM
 
-from eaftlib import devices, forward
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.launch import over_gpus
-from eaftlib.packs import Blocks
-from eaftlib.weights import Weights
+from eaftlib.engine import forward
+from eaftlib.engine import placement as devices
+from eaftlib.engine.launch import over_gpus
+from eaftlib.engine.weights import Weights
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.packs import Blocks
 
 PARTS = {  # a kernel belongs to the first part one of whose words its name holds
     "statistics of tokens": ("_statistics",),

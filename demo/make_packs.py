@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from eaftlib.harmony import completion_spans  # noqa: E402
+from eaftlib.text.harmony import completion_spans  # noqa: E402
 
 PACKS = {"reasoning_style": reasoning_tasks.make, "tool_agentic": tool_tasks.make, "calib_prompt": text_tasks.make}
 VOCAB_SIZE = 4096

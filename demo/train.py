@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 
-from eaftlib import attention, mxfp4
+from eaftlib.engine import attention
+from eaftlib.model import mxfp4
 
 SEQ_LEN = 2048
 QUANTIZE_FROM = 0.6

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from .errors import ParameterError
-from .saliency import CRITERIA, RANDOM
+from .pruning.criteria import CRITERIA, RANDOM
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 

@@ -50,9 +50,14 @@ from pathlib import Path
 import numpy as np
 from IPython import get_ipython
 
-from eaftlib import devices, figures, params, project, saliency
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.packs import UNION, PackSource, pack_blocks
+from eaftlib import params, project
+from eaftlib.engine import placement as devices
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.criteria import RegionWeights, criterion_scores, expert_sums, token_weights
+from eaftlib.pruning.ranking import ranking_of, write_ranking
+from eaftlib.pruning.trace import record
+from eaftlib.report import figures
+from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
 project.enter()
 p = params.Rank.from_notebook(get_ipython())
@@ -78,16 +83,16 @@ print(
 # ## One pass records everything
 #
 # Per kept token its probability and entropy; per routed pair the expert, its router weight and the norm of its output.
-# Criteria, weights and quantiles can be changed afterwards without the model: `saliency.Trace.load(...)`.
+# Criteria, weights and quantiles can be changed afterwards without the model: `Trace.load(...)`.
 
 # %%
-trace, run = saliency.trace(checkpoint, blocks, placement, entropy_topk=p.entropy_topk)
+trace, run = record(checkpoint, blocks, placement, entropy_topk=p.entropy_topk)
 trace.save(Path(p.out_dir) / "trace.safetensors")
 print(f"{run.seconds:.1f} s, {run.tokens_per_second:,.0f} tokens/s; {trace.expert.size:,} routed pairs")
 
 # %%
-weight = saliency.token_weights(trace, p.cc_quantile, saliency.RegionWeights(p.w_good, p.w_uncertain, p.w_conflict))
-sums = saliency.expert_sums(trace, weight, p.align)
+weight = token_weights(trace, p.cc_quantile, RegionWeights(p.w_good, p.w_uncertain, p.w_conflict))
+sums = expert_sums(trace, weight, p.align)
 for value in np.unique(weight):
     print(f"weight {value:+.2f}   {(weight == value).mean():8.3%} of tokens")
 
@@ -99,9 +104,9 @@ for value in np.unique(weight):
 
 # %%
 settings = p.model_dump(include={"packs", "pack_files", "cc_quantile", "w_good", "w_uncertain", "w_conflict", "align"})
-ranking = saliency.ranking_of(trace, sums, p.criteria, settings=settings, seed=p.seed)
-saliency.write_ranking(Path(p.out_dir), ranking, sums)
-scores = {name: saliency.criterion_scores(sums, name, p.seed) for name in p.criteria}
+ranking = ranking_of(trace, sums, p.criteria, settings=settings, seed=p.seed)
+write_ranking(Path(p.out_dir), ranking, sums)
+scores = {name: criterion_scores(sums, name, p.seed) for name in p.criteria}
 print(f"wrote {p.out_dir}/ranking.json  sha256 {ranking['provenance']['sha256'][:16]}")
 
 # %%

@@ -36,8 +36,10 @@ out_dir = "outputs/by-hand/pruned-24"  # never overwritten: remove it, or choose
 # %%
 from IPython import get_ipython
 
-from eaftlib import figures, keepsets, params, project, slicing
-from eaftlib.checkpoint import Checkpoint
+from eaftlib import params, project
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning import keepsets, slicing
+from eaftlib.report import figures
 
 project.enter()
 p = params.Prune.from_notebook(get_ipython())

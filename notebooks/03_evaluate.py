@@ -44,9 +44,14 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 
-from eaftlib import devices, evaluation, figures, keepsets, params, project, results
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.packs import PackSource
+from eaftlib import params, project
+from eaftlib.engine import placement as devices
+from eaftlib.evaluation import evaluate as evaluation
+from eaftlib.evaluation import results
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning import keepsets
+from eaftlib.report import figures
+from eaftlib.text.packs import PackSource
 
 project.enter()
 p = params.Evaluate.from_notebook(get_ipython())

@@ -31,9 +31,10 @@ out_dir = "outputs/by-hand/report"
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
-from eaftlib import params, project, report
-from eaftlib.gates import read_gates
-from eaftlib.results import read_all
+from eaftlib import params, project
+from eaftlib.evaluation.gates import read_gates
+from eaftlib.evaluation.results import read_all
+from eaftlib.report import report
 
 project.enter()
 p = params.Report.from_notebook(get_ipython())

@@ -22,10 +22,10 @@ import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from eaftlib import devices
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.evaluation import evaluate
-from eaftlib.packs import PackSource, pack_blocks
+from eaftlib.engine import placement as devices
+from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.packs import PackSource, pack_blocks
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_attention_forward
 
-from eaftlib.attention import FusedAttention, attention_with_sinks
+from eaftlib.engine.attention import FusedAttention, attention_with_sinks
 
 WINDOW = 16
 

@@ -8,8 +8,8 @@ import torch
 import world
 from safetensors.torch import load_file, save_file
 
-from eaftlib.checkpoint import Checkpoint, is_expert_tensor
 from eaftlib.errors import CheckpointError
+from eaftlib.model.checkpoint import Checkpoint, is_expert_tensor
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,10 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_results import edit, make_legacy, random_tokens, write
 
-from eaftlib import results
-from eaftlib.compare import compare, js_divergence, swap_floor
 from eaftlib.errors import ResultError
-from eaftlib.statistics import Tokens, cells
+from eaftlib.evaluation import results
+from eaftlib.evaluation.compare import compare, js_divergence, swap_floor
+from eaftlib.evaluation.statistics import Tokens, cells
 
 KEY = ("UNION", 64)
 

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import world
 from test_forward import keep_masks, reference
-from test_saliency import quantile
+from test_criteria import quantile
 
-from eaftlib import evaluation, forward, results
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.compare import compare
+from eaftlib.engine import forward
 from eaftlib.errors import EaftError, PackError, ParameterError
-from eaftlib.evaluation import evaluate
-from eaftlib.keepsets import KeepSet
-from eaftlib.packs import pack_blocks
+from eaftlib.evaluation import evaluate as evaluation
+from eaftlib.evaluation import results
+from eaftlib.evaluation.compare import compare
+from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.text.packs import pack_blocks
 
 SETTINGS = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "rows": "all", "progress": False}
 
@@ -309,7 +311,7 @@ def test_a_label_that_is_no_file_name_is_refused(checkpoint, source, cpu, tmp_pa
 
 
 def test_a_pruned_checkpoint_says_how_it_was_chosen(checkpoint, source, cpu, keep, tmp_path):
-    from eaftlib.slicing import prune
+    from eaftlib.pruning.slicing import prune
 
     prune(checkpoint, keep, tmp_path / "pruned", progress=False)
     settings = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}

@@ -5,7 +5,7 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from eaftlib import experts
+from eaftlib.engine import experts
 
 TOKENS, EXPERTS, HIDDEN, INTERMEDIATE = 37, 8, 64, 96
 

@@ -11,12 +11,13 @@ from test_token_statistics import exact
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
-from eaftlib import devices, forward, weights
-from eaftlib.checkpoint import Checkpoint
+from eaftlib.engine import forward, weights
+from eaftlib.engine import placement as devices
+from eaftlib.engine.weights import Weights, decoded_bytes
 from eaftlib.errors import ParameterError, ScoringError
 from eaftlib.kernels import token_statistics as kernel
-from eaftlib.packs import Blocks, pack_blocks
-from eaftlib.weights import Weights, decoded_bytes
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.packs import Blocks, pack_blocks
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 

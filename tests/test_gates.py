@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from test_results import random_tokens
 
-from eaftlib import gates as module
 from eaftlib.errors import ParameterError
-from eaftlib.gates import Gates, judge, read_gates, saw_its_rows
-from eaftlib.results import SCHEMA, Result
-from eaftlib.statistics import aggregate
+from eaftlib.evaluation import gates as module
+from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows
+from eaftlib.evaluation.results import SCHEMA, Result
+from eaftlib.evaluation.statistics import aggregate
 
 FILE = Path(__file__).parents[1] / "params" / "gates" / "near-lossless-v1.json"
 SEQ_LENS = (1024, 2048)

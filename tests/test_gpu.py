@@ -11,12 +11,14 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from eaftlib import devices, experts, forward, mxfp4, weights
-from eaftlib.attention import attention_with_sinks
-from eaftlib.checkpoint import Checkpoint
+from eaftlib.engine import experts, forward, weights
+from eaftlib.engine import placement as devices
+from eaftlib.engine.attention import attention_with_sinks
+from eaftlib.engine.weights import Weights
 from eaftlib.kernels import token_statistics as statistics
-from eaftlib.packs import UNION, PackSource, pack_blocks
-from eaftlib.weights import Weights
+from eaftlib.model import mxfp4
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
 pytestmark = pytest.mark.gpu
 CONFIG = GptOssConfig()  # gpt-oss-20b's shape
@@ -277,16 +279,20 @@ def test_too_little_memory_halves_the_micro_batch_and_goes_on(demo, demo_blocks,
 
 def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
     pytest.importorskip("pydantic")
-    from eaftlib import evaluation, gates, results, saliency
-    from eaftlib.keepsets import from_ranking
+    from eaftlib.evaluation import evaluate as evaluation
+    from eaftlib.evaluation import gates, results
+    from eaftlib.pruning.criteria import expert_sums
+    from eaftlib.pruning.keepsets import from_ranking
+    from eaftlib.pruning.ranking import ranking_of, write_ranking
+    from eaftlib.pruning.trace import record
 
     source = PackSource(str(DEMO / "packs"))
     cpu = devices.Placement(torch.device("cpu"), torch.float32, "test")
     gpu = devices.place("cuda")
     calibration = pack_blocks(source, UNION, demo.tokenizer, seq_len=512, num_blocks=16, rows="calib")
-    trace, _ = saliency.trace(demo, calibration, gpu, progress=False)
-    sums = saliency.expert_sums(trace, np.ones(len(trace.nll)))
-    saliency.write_ranking(tmp_path, saliency.ranking_of(trace, sums, ["reap_mass"], settings={}, seed=0), sums)
+    trace, _ = record(demo, calibration, gpu, progress=False)
+    sums = expert_sums(trace, np.ones(len(trace.nll)))
+    write_ranking(tmp_path, ranking_of(trace, sums, ["reap_mass"], settings={}, seed=0), sums)
     ranking = str(tmp_path / "ranking.json")
     keep_sets = {"base": None} | {
         f"keep-{n}": from_ranking(demo, ranking=ranking, criterion="reap_mass", keep_n=n, multiple_of=2)

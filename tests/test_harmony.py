@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eaftlib.harmony import completion_spans
+from eaftlib.text.harmony import completion_spans
 
 CLOSE = r"<\|(?:end|call|return)\|>"
 MESSAGE = re.compile(

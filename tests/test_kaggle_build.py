@@ -20,9 +20,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
 from traitlets.config import Config
 
-from eaftlib import params, results
+from eaftlib import params
 from eaftlib import project as code
 from eaftlib.errors import KaggleError, ParameterError, ResultError
+from eaftlib.evaluation import results
 from eaftlib.kaggle import build, driver, ledger, outcome, setup_cell
 from eaftlib.kaggle.service import Service
 

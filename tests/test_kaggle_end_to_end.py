@@ -13,11 +13,12 @@ import pytest
 import yaml
 from kaggle_server import HF_TOKEN, KEY, OWNER, assert_loopback, session_environment, write_params
 
-from eaftlib import devices, results
 from eaftlib import project as code
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.evaluation import evaluate
-from eaftlib.packs import PackSource
+from eaftlib.engine import placement as devices
+from eaftlib.evaluation import results
+from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.packs import PackSource
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,7 +169,7 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
 
     def killed_in_its_third_pass(version):
         text = version.request["text"]
-        trap = "from eaftlib import forward\\nforward.score, n = (lambda s: lambda *a, **k: (n.append(1), "
+        trap = "from eaftlib.engine import forward\\nforward.score, n = (lambda s: lambda *a, **k: (n.append(1), "
         trap += "__import__('os').kill(__import__('os').getpid(), 9) if len(n) > 2 else None, s(*a, **k))[2])"
         trap += "(forward.score), []\\nwritten = evaluation.evaluate("
         version.request["text"] = text.replace("written = evaluation.evaluate(", trap)

@@ -23,8 +23,8 @@ from kaggle_server import (
     write_params,
 )
 
-from eaftlib import results
 from eaftlib.errors import KaggleError, ParameterError, ResultError
+from eaftlib.evaluation import results
 from eaftlib.kaggle import driver, ledger, outcome
 from eaftlib.kaggle.service import LimitReached, Service
 

@@ -13,10 +13,20 @@ import world
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from eaftlib import keepsets, saliency
-from eaftlib.checkpoint import Checkpoint
 from eaftlib.errors import EaftError, ParameterError, ResultError
-from eaftlib.keepsets import choose, core_experts, from_ranking, keep_count, super_experts
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning import keepsets
+from eaftlib.pruning.criteria import (
+    RegionWeights,
+    criterion_scores,
+    expert_sums,
+    rank_experts,
+    sums_by_layer,
+    token_weights,
+)
+from eaftlib.pruning.keepsets import choose, core_experts, from_ranking, keep_count, super_experts
+from eaftlib.pruning.ranking import ranking_of, write_ranking
+from eaftlib.pruning.trace import record
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
@@ -131,10 +141,10 @@ def test_super_experts_are_outliers_of_the_first_three_quarters():
 @pytest.fixture(scope="module")
 def ranking_folder(tmp_path_factory, checkpoint, blocks, cpu):
     folder = tmp_path_factory.mktemp("ranking")
-    trace, _ = saliency.trace(checkpoint, blocks, cpu, progress=False)
-    weights = saliency.token_weights(trace, 0.15, saliency.RegionWeights())
-    table = saliency.expert_sums(trace, weights)
-    saliency.write_ranking(folder, saliency.ranking_of(trace, table, ["reap", "eaft_reap"], settings={}), table)
+    trace, _ = record(checkpoint, blocks, cpu, progress=False)
+    weights = token_weights(trace, 0.15, RegionWeights())
+    table = expert_sums(trace, weights)
+    write_ranking(folder, ranking_of(trace, table, ["reap", "eaft_reap"], settings={}), table)
     return folder
 
 
@@ -223,7 +233,7 @@ def real_sums(profile, layer, key):
 
 @pytest.mark.parametrize("criterion, column", [("reap", "saliency_mean"), ("ean_mean", "norm_mean")])
 def test_means_of_the_real_profile_are_its_own(profile, criterion, column):
-    scores = saliency.criterion_scores(profile, criterion)
+    scores = criterion_scores(profile, criterion)
     stored = profile[column].to_numpy().reshape(24, 32)
     routed = profile["count"].to_numpy().reshape(24, 32) > 0
     np.testing.assert_allclose(scores[routed], stored[routed], rtol=1e-9)
@@ -233,16 +243,16 @@ def test_means_of_the_real_profile_are_its_own(profile, criterion, column):
 @pytest.mark.parametrize("keep_n", [24, 16])
 def test_reap_keeps_what_the_published_ranking_of_the_real_model_keeps(profile, keep_n):
     published = json.loads((REFERENCE / "20b_reap_saliency_ranking_by_layer.json").read_text())
-    routed = saliency.sums_by_layer(profile)["count"] > 0
-    ids = choose(saliency.rank_experts(saliency.criterion_scores(profile, "reap"), routed), keep_n)
+    routed = sums_by_layer(profile)["count"] > 0
+    ids = choose(rank_experts(criterion_scores(profile, "reap"), routed), keep_n)
     assert ids.tolist() == [sorted(order[:keep_n]) for order in published]
 
 
 @pytest.mark.parametrize("keep_n", [24, 16])
 @pytest.mark.parametrize("criterion, column", [("frequency", "count"), ("gate_mass", "gate_sum"), ("ean", "norm_sum")])
 def test_policies_on_the_real_profile_equal_sorting_its_rows(profile, keep_n, criterion, column):
-    routed = saliency.sums_by_layer(profile)["count"] > 0
-    ids = choose(saliency.rank_experts(saliency.criterion_scores(profile, criterion), routed), keep_n).tolist()
+    routed = sums_by_layer(profile)["count"] > 0
+    ids = choose(rank_experts(criterion_scores(profile, criterion), routed), keep_n).tolist()
     for layer in range(24):
         value = real_sums(profile, layer, lambda r: r[column])
         assert ids[layer] == sorted(sorted(range(32), key=lambda e: (-value[e], e))[:keep_n])

@@ -12,12 +12,12 @@ from test_token_statistics import exact, random_logits
 from torch.overrides import TorchFunctionMode
 from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
-from eaftlib import mxfp4 as plain_mxfp4
 from eaftlib.kernels import expert_activation as plain_activation
 from eaftlib.kernels import expert_combination as plain_combination
 from eaftlib.kernels import token_statistics as plain_statistics
 from eaftlib.kernels.fused import attention, divergence, expert_activation, expert_combination, mxfp4, rotary
 from eaftlib.kernels.fused import token_statistics as statistics
+from eaftlib.model import mxfp4 as plain_mxfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FENCE = 1 << 16  # bytes, more than any tile of these tests

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from eaftlib import devices, evaluation, forward, launch, ranks, results, saliency
-from eaftlib.checkpoint import Checkpoint
+from eaftlib.engine import forward, launch, ranks
+from eaftlib.engine import placement as devices
+from eaftlib.engine.launch import over_gpus
 from eaftlib.errors import PackError, ScoringError
-from eaftlib.launch import over_gpus
-from eaftlib.packs import PackSource, pack_blocks
+from eaftlib.evaluation import evaluate as evaluation
+from eaftlib.evaluation import results
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.trace import record
+from eaftlib.text.packs import PackSource, pack_blocks
 
 TWO = devices.Placement(torch.device("cpu"), torch.float32, "tests", processes=2)
 
@@ -210,7 +214,7 @@ def test_an_evaluation_is_the_same_shared(checkpoint, source, cpu, tmp_path):
 
 def test_a_ranking_is_the_same_shared(checkpoint, source, cpu):
     blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=110)
-    alone, shared = (saliency.trace(checkpoint, blocks, place, progress=False)[0] for place in (cpu, TWO))
+    alone, shared = (record(checkpoint, blocks, place, progress=False)[0] for place in (cpu, TWO))
     for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
         np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))
     assert alone.provenance == shared.provenance

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from eaftlib.errors import CheckpointError
-from eaftlib.mxfp4 import decode, encode
+from eaftlib.model.mxfp4 import decode, encode
 
 
 def every_byte(scales):

@@ -14,7 +14,8 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from eaftlib import notebooks, results
+from eaftlib import notebooks
+from eaftlib.evaluation import results
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eaftlib.errors import PackError
-from eaftlib.packs import PackSource, overlaps, pack_blocks
+from eaftlib.text.packs import PackSource, overlaps, pack_blocks
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_large_string_columns_are_read(tmp_path):
 
 
 def test_kaggle_mount_is_found_by_owner_and_slug(tmp_path, monkeypatch):
-    from eaftlib import packs
+    from eaftlib.text import packs
 
     monkeypatch.setattr(packs, "KAGGLE_INPUT", tmp_path)
     world.write_pack(tmp_path / "my-packs" / "p.parquet", ["mounted"])

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from eaftlib import results
-from eaftlib.saliency import Trace
+from eaftlib.evaluation import results
+from eaftlib.pruning.trace import Trace
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import os, sys
 import numpy as np, torch
-from eaftlib import devices, evaluation, forward, saliency
-from eaftlib.checkpoint import Checkpoint
-from eaftlib.keepsets import KeepSet
-from eaftlib.packs import PackSource, pack_blocks
+from eaftlib.engine import placement as devices, forward
+from eaftlib.evaluation import evaluate as evaluation
+from eaftlib.pruning.trace import record
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.text.packs import PackSource, pack_blocks
 
 model, packs, out, device, count = sys.argv[1:]
 out += "-" + os.environ.get("RANK", "alone")
@@ -31,7 +33,7 @@ keep = KeepSet(np.tile(np.arange(4), (checkpoint.num_layers, 1)), checkpoint.num
 evaluation.evaluate(checkpoint, source, placement, {"base": None, "half": keep}, seq_lens=[24, 40], num_blocks=int(count),
                     only=["UNION"], out_dir=out, progress=False)
 blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=int(count))
-trace, _ = saliency.trace(checkpoint, blocks, placement, progress=False)
+trace, _ = record(checkpoint, blocks, placement, progress=False)
 from pathlib import Path
 trace.save(Path(out) / "trace.safetensors")
 """

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_results import random_tokens, write
 
-from eaftlib import report, results
 from eaftlib.errors import ResultError
-from eaftlib.gates import Gates
+from eaftlib.evaluation import results
+from eaftlib.evaluation.gates import Gates
+from eaftlib.report import report
 
 GATES = Gates(
     "test-gates",

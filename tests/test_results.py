@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eaftlib import results
 from eaftlib.errors import ResultError
-from eaftlib.statistics import Tokens, aggregate
+from eaftlib.evaluation import results
+from eaftlib.evaluation.statistics import Tokens, aggregate
 
 META = {"tokenizer_sha256": "t0", "num_blocks": 8, "entropy_topk": 20, "cc_quantile": 0.15, "rows": "eval"}
 

@@ -11,12 +11,14 @@ import world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eaftlib import forward, mxfp4, slicing
-from eaftlib.checkpoint import Checkpoint
+from eaftlib.engine import forward
+from eaftlib.engine.weights import Weights
 from eaftlib.errors import CheckpointError
-from eaftlib.keepsets import KeepSet
-from eaftlib.slicing import checkpoint_sizes, keep_all, prune
-from eaftlib.weights import Weights
+from eaftlib.model import mxfp4
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning import slicing
+from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.pruning.slicing import checkpoint_sizes, keep_all, prune
 
 INDEX = "model.safetensors.index.json"
 

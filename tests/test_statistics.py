@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_saliency import quantile
+from test_criteria import quantile
 
-from eaftlib.statistics import H_BINS, P_BINS, Tokens, aggregate, cells, histogram2d
+from eaftlib.evaluation.statistics import H_BINS, P_BINS, Tokens, aggregate, cells, histogram2d
 
 
 def tokens_of(p, h, block=None):

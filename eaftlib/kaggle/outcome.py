@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .. import results
 from ..errors import ResultError
+from ..evaluation import results
 from ..files import parse_json, sha256, write_json
-from ..keepsets import keep_count, read_ranking
-from ..packs import UNION
 from ..params import Evaluate
+from ..pruning.keepsets import keep_count, read_ranking
+from ..text.packs import UNION
 from .ledger import Entry
 from .setup_cell import OUTCOME, SCHEMA
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import PackError
+from ..errors import PackError
 from .harmony import completion_spans
 
 UNION = "UNION"

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ResultError
+from ..evaluation.compare import Comparison, compare
+from ..evaluation.gates import PASS, UNDECIDED, Gates, Verdict, judge
+from ..evaluation.results import Result
+from ..files import write_atomically, write_json
 from . import figures
-from .compare import Comparison, compare
-from .errors import ResultError
-from .files import write_atomically, write_json
-from .gates import PASS, UNDECIDED, Gates, Verdict, judge
-from .results import Result
 
 VERDICT_SCHEMA = "eaft-verdict/1"
 
@@ -310,7 +310,7 @@ def _html(report: Report) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader("eaftlib", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("eaftlib.report", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     keys = sorted({(r.pack, r.seq_len) for r in report.rows}, key=lambda k: (k[0] != report.gates.primary_pack, k))
     tables = {key: [(r, cells_of(r)) for r in report.rows if (r.pack, r.seq_len) == key] for key in keys}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from .kernels import use_fused
+from ..kernels import use_fused
 
 NAME = "sinks_as_keys"
 _ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
@@ -33,8 +33,8 @@ class FusedAttention(GptOssAttention):
 
     def forward(self, hidden_states, position_embeddings, **_):
         """hidden_states [B, S, H], position_embeddings (cos, sin) each [1, S, D / 2] -> ([B, S, H], None)."""
-        from .kernels.fused.attention import attention
-        from .kernels.fused.rotary import rotate
+        from ..kernels.fused.attention import attention
+        from ..kernels.fused.rotary import rotate
 
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))

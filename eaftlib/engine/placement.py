@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import ParameterError
+from ..errors import ParameterError
 
 
 @dataclass(frozen=True)

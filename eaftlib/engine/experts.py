@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from .kernels import use_fused
-from .kernels.expert_activation import activate
-from .kernels.expert_combination import combine
+from ..kernels import use_fused
+from ..kernels.expert_activation import activate
+from ..kernels.expert_combination import combine
 
 NAME = "measured"
 

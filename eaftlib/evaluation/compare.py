@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import ResultError
+from ..errors import ResultError
 from .results import Result
 from .statistics import cells, conflicts
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 import world
 
-from eaftlib import forward, saliency
+from eaftlib.engine import forward
+from eaftlib.engine.weights import Weights
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.kernels import token_statistics as kernel
-from eaftlib.saliency import RegionWeights, Trace, criterion_scores, expert_sums, rank_experts, token_weights
-from eaftlib.weights import Weights
+from eaftlib.pruning.criteria import RegionWeights, criterion_scores, expert_sums, rank_experts, token_weights
+from eaftlib.pruning.ranking import ranking_of, write_ranking
+from eaftlib.pruning.trace import Trace, record
 
 WEIGHTS = RegionWeights(good=1.0, uncertain=0.25, conflict=-2.0)
 COLUMNS = (
@@ -29,8 +31,8 @@ def trace(request, checkpoint, blocks, cpu):
         patch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
         patch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
         if request.param == "streamed":
-            patch.setattr("eaftlib.weights.RESIDENT_SHARE", 0)
-        yield saliency.trace(checkpoint, blocks, cpu, progress=False)[0]
+            patch.setattr("eaftlib.engine.weights.RESIDENT_SHARE", 0)
+        yield record(checkpoint, blocks, cpu, progress=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,7 @@ def hand_sums():
 )
 def test_every_criterion_by_hand(criterion, scores, ranking):
     trace = SimpleNamespace(expert=np.zeros((1, 1, 2)), num_experts=4, provenance={})
-    content = saliency.ranking_of(trace, hand_sums(), [criterion], settings={})
+    content = ranking_of(trace, hand_sums(), [criterion], settings={})
     assert content["criteria"][criterion] == {"scores": [scores], "ranking": [ranking]}
 
 
@@ -225,13 +227,13 @@ def test_unknown_criterion_and_alignment_are_refused(trace, blocks):
 
 def test_ranking_files_hold_the_fixed_names(trace, blocks, tmp_path):
     sums = expert_sums(trace, np.ones(blocks.kept.sum()))
-    ranking = saliency.ranking_of(trace, sums, ["reap", "random"], settings={"align": "predictor"}, seed=3)
-    saliency.write_ranking(tmp_path / "run", ranking, sums)
+    ranking = ranking_of(trace, sums, ["reap", "random"], settings={"align": "predictor"}, seed=3)
+    write_ranking(tmp_path / "run", ranking, sums)
     read = world.json.loads((tmp_path / "run" / "ranking.json").read_text())
     assert {"schema", "provenance", "num_layers", "num_experts", "top_k", "criteria"} == set(read)
     assert (read["num_layers"], read["num_experts"], read["top_k"]) == (world.LAYERS, world.EXPERTS, world.TOP_K)
     for layer in read["criteria"]["reap"]["ranking"]:
         assert sorted(layer) == list(range(world.EXPERTS))
     assert pq.read_table(tmp_path / "run" / "saliency.parquet").column_names == COLUMNS
-    other = saliency.ranking_of(trace, sums, ["reap"], settings={"align": "token"}, seed=3)
+    other = ranking_of(trace, sums, ["reap"], settings={"align": "token"}, seed=3)
     assert other["provenance"]["sha256"] != ranking["provenance"]["sha256"]

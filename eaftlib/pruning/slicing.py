@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
-from .errors import CheckpointError
-from .files import sha256, write_json
+from ..errors import CheckpointError
+from ..files import sha256, write_json
+from ..model.checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
 from .keepsets import KeepSet
 
 SHARD_BYTES = 4 << 30  # as large as the published checkpoint's

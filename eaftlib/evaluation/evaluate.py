@@ -9,17 +9,19 @@ import numpy as np
 import torch
 import transformers
 
-from . import __version__, forward, project, ranks, results
-from .checkpoint import Checkpoint
-from .devices import Placement
-from .errors import CheckpointError, ParameterError, ResultError
-from .files import read_json
-from .keepsets import KeepSet
-from .launch import over_gpus
-from .packs import Blocks, PackSource, pack_blocks
-from .slicing import MANIFEST, checkpoint_sizes
+from .. import __version__, project
+from ..engine import forward, ranks
+from ..engine.launch import over_gpus
+from ..engine.placement import Placement
+from ..engine.weights import Weights
+from ..errors import CheckpointError, ParameterError, ResultError
+from ..files import read_json
+from ..model.checkpoint import Checkpoint
+from ..pruning.keepsets import KeepSet
+from ..pruning.slicing import MANIFEST, checkpoint_sizes
+from ..text.packs import Blocks, PackSource, pack_blocks
+from . import results
 from .statistics import Tokens, aggregate
-from .weights import Weights
 
 
 @over_gpus

@@ -19,8 +19,8 @@ from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 
+from ..errors import ScoringError
 from . import ranks
-from .errors import ScoringError
 
 READY = "ready"
 SHARED = "EAFT_SHARED"  # set in the processes that share a call
@@ -70,7 +70,7 @@ class _Helper:
     def __init__(self, rank: int, folder: Path, group: dict[str, str]):
         self.rank, self.closing, self.errors = rank, False, folder / f"errors-{rank}"
         self.ended = float("inf")  # when, by the monotonic clock
-        program = f"from eaftlib.launch import serve; serve({str(folder / 'call')!r})"
+        program = f"from eaftlib.engine.launch import serve; serve({str(folder / 'call')!r})"
         paths = os.pathsep.join(path for path in sys.path if path)
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..errors import ParameterError, ScoringError
+from ..kernels import token_statistics as kernel
+from ..model.checkpoint import Checkpoint
+from ..text.packs import Blocks
 from . import ranks
-from .checkpoint import Checkpoint
-from .devices import free_bytes
-from .errors import ParameterError, ScoringError
 from .experts import ExpertProbe, ExpertTrace
 from .hidden_states import InHostMemory, OnDevice
-from .kernels import token_statistics as kernel
-from .packs import Blocks
+from .placement import free_bytes
 from .weights import Weights
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}

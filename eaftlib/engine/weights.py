@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
-from .checkpoint import Checkpoint
-from .devices import Placement, free_bytes, take
+from ..model.checkpoint import Checkpoint
+from .placement import Placement, free_bytes, take
 
 RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
 

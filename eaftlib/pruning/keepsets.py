@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from .checkpoint import Checkpoint
-from .errors import ParameterError, ResultError
-from .files import read_json
-from .saliency import SCHEMA, sums_by_layer, sums_sha256
+from ..errors import ParameterError, ResultError
+from ..model.checkpoint import Checkpoint
+from .criteria import sums_by_layer
+from .ranking import read_ranking, read_sums
 
 
 @dataclass(frozen=True)
@@ -91,16 +90,6 @@ def super_experts(sums: pa.Table) -> np.ndarray:
     return outlier
 
 
-def read_ranking(path: str | Path) -> dict:
-    """ranking.json, given as the file or its folder. Raises ResultError when it is not one."""
-    path = Path(path)
-    file = path / "ranking.json" if path.is_dir() else path
-    ranking = read_json(file, ResultError, "run 01_rank (again)")
-    if ranking.get("schema") != SCHEMA:
-        raise ResultError(f"ranking: {file} has schema {ranking.get('schema')!r}, expected {SCHEMA!r}")
-    return ranking
-
-
 def from_ranking(
     checkpoint: Checkpoint,
     *,
@@ -131,7 +120,7 @@ def from_ranking(
     )
     always = None
     if core_top_m or keep_super:
-        sums = _read_sums(ranking, provenance)
+        sums = read_sums(ranking, provenance)
         always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
     ids = choose(np.array(content["criteria"][criterion]["ranking"]), count, always)
     chosen_by = {
@@ -144,14 +133,3 @@ def from_ranking(
         "ranking_rows_sha256": provenance["rows_sha256"],
     }
     return KeepSet(ids, checkpoint.num_experts, chosen_by)
-
-
-def _read_sums(ranking: str | Path, provenance: dict) -> pa.Table:
-    folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
-    file = folder / "saliency.parquet"
-    if not file.is_file():
-        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or run 01_rank again")
-    sums = pq.read_table(file)
-    if sums_sha256(sums) != provenance["saliency_sha256"]:
-        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash. Run 01_rank again.")
-    return sums

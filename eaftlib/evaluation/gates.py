@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ParameterError
+from ..files import read_json
 from .compare import Comparison, compare
-from .errors import ParameterError
-from .files import read_json
 from .results import Result
 
 SCHEMA = "eaft-gates/1"

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import ResultError
-from .files import parse_json, read_json, sha256, write_atomically, write_json
+from ..errors import ResultError
+from ..files import parse_json, read_json, sha256, write_atomically, write_json
 from .statistics import Tokens
 
 SCHEMA = "eaft-result/1"

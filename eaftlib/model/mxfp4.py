@@ -8,8 +8,8 @@ import itertools
 
 import torch
 
-from .errors import CheckpointError
-from .kernels import use_fused
+from ..errors import CheckpointError
+from ..kernels import use_fused
 
 GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -29,7 +29,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
         )
     values = torch.empty((*scales.shape, GROUP), dtype=dtype, device=blocks.device)
     if use_fused(blocks.device):
-        from .kernels.fused import mxfp4
+        from ..kernels.fused import mxfp4
 
         mxfp4.decode(blocks, scales, values)
         return values.flatten(-2)

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GptOssConfig, PreTrainedTokenizerFast
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm, GptOssRotaryEmbedding
 
-from . import attention, experts, mxfp4
-from .errors import CheckpointError
-from .files import read_json
+from ..engine import attention, experts
+from ..errors import CheckpointError
+from ..files import read_json
+from . import mxfp4
 
 SUPPORTED = {"gpt_oss": "openai/gpt-oss-20b, openai/gpt-oss-120b and checkpoints of their layout"}
 INDEX_FILE = "model.safetensors.index.json"

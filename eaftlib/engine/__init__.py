@@ -1,0 +1,1 @@
+"""Blocks of tokens through the layers of a model: where, in which types, by which functions, and what is noted."""

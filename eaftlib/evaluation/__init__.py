@@ -1,0 +1,1 @@
+"""What a model's tokens say, kept in result files, compared and judged."""

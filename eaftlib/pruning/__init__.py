@@ -1,0 +1,1 @@
+"""From what every expert did to the experts that stay, and to a checkpoint of those."""

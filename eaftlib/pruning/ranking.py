@@ -1,0 +1,80 @@
+"""ranking.json and saliency.parquet: made from a trace, written and read."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import ResultError
+from ..files import read_json, write_atomically, write_json
+from .criteria import RANDOM, criterion_scores, rank_experts, sums_by_layer
+from .trace import Trace
+
+SCHEMA = "eaft-ranking/1"
+
+
+def ranking_of(trace: Trace, sums: pa.Table, criteria: list[str], *, settings: dict, seed: int = 0) -> dict:
+    """The content of ranking.json. settings: the weights, quantile and alignment that ``sums`` were made with."""
+    routed = sums_by_layer(sums)["count"] > 0
+    entries = {}
+    for name in criteria:
+        scores = criterion_scores(sums, name, seed)
+        ranking = rank_experts(scores, None if name == RANDOM else routed)
+        entries[name] = {
+            "scores": [[None if np.isnan(x) else float(x) for x in layer] for layer in scores],
+            "ranking": ranking.tolist(),
+        }
+    layers, _, top_k = trace.expert.shape
+    provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
+    everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
+    provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
+    return {
+        "schema": SCHEMA,
+        "provenance": provenance,
+        "num_layers": layers,
+        "num_experts": trace.num_experts,
+        "top_k": top_k,
+        "criteria": entries,
+    }
+
+
+def sums_sha256(sums: pa.Table) -> str:
+    """Identifies the sums by their values, whatever file they are in."""
+    digest = hashlib.sha256()
+    for name in sums.column_names:
+        digest.update(name.encode() + sums[name].to_numpy().astype(np.float64).tobytes())
+    return digest.hexdigest()
+
+
+def write_ranking(out_dir: Path, ranking: dict, sums: pa.Table) -> None:
+    """ranking.json and saliency.parquet."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        out_dir / "saliency.parquet", lambda temporary: pq.write_table(sums, temporary, compression="zstd")
+    )
+    write_json(out_dir / "ranking.json", ranking)
+
+
+def read_ranking(path: str | Path) -> dict:
+    """ranking.json, given as the file or its folder. Raises ResultError when it is not one."""
+    path = Path(path)
+    file = path / "ranking.json" if path.is_dir() else path
+    ranking = read_json(file, ResultError, "run 01_rank (again)")
+    if ranking.get("schema") != SCHEMA:
+        raise ResultError(f"ranking: {file} has schema {ranking.get('schema')!r}, expected {SCHEMA!r}")
+    return ranking
+
+
+def read_sums(ranking: str | Path, provenance: dict) -> pa.Table:
+    """saliency.parquet beside a ranking. Raises ResultError when it is missing or not the ranking's."""
+    folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
+    file = folder / "saliency.parquet"
+    if not file.is_file():
+        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or run 01_rank again")
+    sums = pq.read_table(file)
+    if sums_sha256(sums) != provenance["saliency_sha256"]:
+        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash. Run 01_rank again.")
+    return sums

@@ -1,0 +1,104 @@
+"""One pass over calibration text that records what every expert did per token; the model is not needed again."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..engine import forward
+from ..engine.launch import over_gpus
+from ..engine.placement import Placement
+from ..engine.weights import Weights
+from ..errors import ResultError
+from ..files import write_atomically
+from ..model.checkpoint import Checkpoint
+from ..text.packs import Blocks
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything a pass over calibration blocks leaves behind; the model is not needed again.
+
+    nll, entropy float32 [N] per kept token. predictor_row, token_row int64 [N]: the recorded row where the token is
+    predicted (position t-1) and where it stands (t). expert uint8, gate, norm, peak float32 [L, R, top_k] per recorded
+    row, see ExpertTrace. provenance: what it came from.
+    """
+
+    nll: np.ndarray
+    entropy: np.ndarray
+    predictor_row: np.ndarray
+    token_row: np.ndarray
+    expert: np.ndarray
+    gate: np.ndarray
+    norm: np.ndarray
+    peak: np.ndarray
+    num_experts: int
+    provenance: dict
+
+    @property
+    def probability(self) -> np.ndarray:
+        return np.exp(-self.nll.astype(np.float64))
+
+    def save(self, path: Path) -> None:
+        from safetensors.numpy import save_file
+
+        arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        metadata = {"num_experts": str(self.num_experts), "provenance": json.dumps(self.provenance)}
+        write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "Trace":
+        from safetensors import safe_open
+
+        if not Path(path).is_file():
+            raise ResultError(f"{path}: no such trace; run 01_rank, which writes it beside ranking.json")
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(**arrays, num_experts=int(metadata["num_experts"]), provenance=json.loads(metadata["provenance"]))
+
+
+@over_gpus
+def record(
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    placement: Placement,
+    *,
+    entropy_topk: int = 20,
+    progress: bool = True,
+) -> tuple[Trace, forward.Pass]:
+    """One pass over calibration blocks that records every routed pair."""
+    weights = Weights(checkpoint, placement)
+    run = forward.score(weights, blocks, entropy_topk=entropy_topk, record_experts=True, progress=progress)
+    recorded = forward.recorded_positions(blocks)
+    row_of = np.cumsum(recorded.ravel()).reshape(recorded.shape) - 1  # recorded rows in block order
+    block, position = np.nonzero(blocks.kept)
+    expert, gate, norm, peak = (tensor.numpy() for tensor in run.experts.tensors)
+    result = Trace(
+        nll=run.variants[0].nll,
+        entropy=run.variants[0].entropy,
+        predictor_row=row_of[block, position - 1],
+        token_row=row_of[block, position],
+        expert=expert,
+        gate=gate,
+        norm=norm,
+        peak=peak,
+        num_experts=checkpoint.num_experts,
+        provenance={
+            "model_id": checkpoint.model_id,
+            "model_sha256": checkpoint.sha256,
+            "tokenizer_sha256": checkpoint.tokenizer_sha256,
+            "pack": blocks.pack,
+            "rows": blocks.rows,
+            "rows_seen": blocks.rows_seen,
+            "rows_sha256": blocks.rows_sha256,
+            "seq_len": blocks.seq_len,
+            "num_blocks": len(blocks.tokens),
+            "kept_tokens": int(blocks.kept.sum()),
+            "entropy_topk": entropy_topk,
+            "device": placement.device.type,
+            "dtype": str(placement.dtype).removeprefix("torch."),
+        },
+    )
+    return result, run

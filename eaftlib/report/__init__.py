@@ -1,0 +1,1 @@
+"""Everything a report shows, and its renderers."""

@@ -1,0 +1,1 @@
+"""Conversations to completion spans to blocks of tokens."""
