@@ -40,7 +40,9 @@ def compare_evaluation() -> list[dict]:
     checkpoint = Checkpoint(str(ROOT / "demo/model"))
     placement = devices.place("cpu")
     source = PackSource(str(ROOT / "demo/packs"))
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=placement.dtype).to(placement.device)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=placement.precision.products).to(
+        placement.device
+    )
     weights = Weights(checkpoint, placement)
     rows = []
     for seq_len, num_blocks in ((1024, 8), (2048, 4)):

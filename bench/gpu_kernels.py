@@ -66,7 +66,7 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     experts.load_state_dict(state, assign=True)
     x, ids = normal(tokens, h), torch.rand(tokens, e, device="cuda").topk(4).indices
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).to(BF16)
-    trace = measured.ExpertTrace.empty(1, tokens, 4, x.device)
+    trace = measured.ExpertTrace.empty(1, tokens, 4, e, x.device)
     probe = measured.ExpertProbe(trace, 0, 0, torch.arange(tokens, device="cuda"))
 
     def stock(implementation):

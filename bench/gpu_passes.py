@@ -53,7 +53,7 @@ def stock_model(weights: Weights, experts: str, attention: str) -> GptOssForCaus
     config = type(weights.checkpoint.config).from_dict(weights.checkpoint.config.to_dict())
     config._attn_implementation, config._experts_implementation = attention, experts
     with torch.device("meta"):
-        model = GptOssForCausalLM(config).to(weights.dtype)
+        model = GptOssForCausalLM(config).to(weights.precision.products)
     for index, layer in weights.layers():
         model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
     model.model.rotary_emb = weights.rotary

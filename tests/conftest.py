@@ -22,7 +22,7 @@ import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from eaftlib.engine import placement as devices
+from eaftlib.engine import placement
 from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.text.packs import PackSource, pack_blocks
@@ -72,7 +72,7 @@ def blocks(source, tokenizer):
 
 @pytest.fixture(scope="session")
 def cpu():
-    return devices.Placement(torch.device("cpu"), torch.float32, "tests")
+    return placement.place("cpu", "float32")
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ import torch
 import world
 from safetensors.torch import load_file, save_file
 
+from eaftlib.engine.weights import Weights
 from eaftlib.errors import CheckpointError
-from eaftlib.model.checkpoint import Checkpoint, is_expert_tensor
+from eaftlib.model.checkpoint import Checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -34,19 +35,19 @@ def replace_tensor(folder, name, tensor):
     save_file(load_file(shard) | {name: tensor}, shard)
 
 
-def test_layers_equal_those_that_transformers_loads(checkpoint, hf_model):
-    for index, expected in enumerate(hf_model.model.layers):
-        found = checkpoint.layer(index, torch.device("cpu"), torch.float32).state_dict()
+def test_layers_equal_those_that_transformers_loads(checkpoint, hf_model, cpu):
+    for (_, layer), expected in zip(Weights(checkpoint, cpu).layers(), hf_model.model.layers, strict=True):
+        found = layer.state_dict()
         assert found.keys() == expected.state_dict().keys()
         for name, tensor in expected.state_dict().items():
             assert torch.equal(found[name], tensor), name
 
 
-def test_embedding_head_and_norm_equal_those_that_transformers_loads(checkpoint, hf_model):
-    place = (torch.device("cpu"), torch.float32)
-    assert torch.equal(checkpoint.embedding(*place), hf_model.model.embed_tokens.weight)
-    assert torch.equal(checkpoint.lm_head(*place), hf_model.lm_head.weight)
-    assert torch.equal(checkpoint.final_norm(*place).weight, hf_model.model.norm.weight)
+def test_embedding_head_and_norm_equal_those_that_transformers_loads(checkpoint, hf_model, cpu):
+    weights = Weights(checkpoint, cpu)
+    assert torch.equal(weights.embedding, hf_model.model.embed_tokens.weight)
+    assert torch.equal(weights.lm_head, hf_model.lm_head.weight)
+    assert torch.equal(weights.norm.weight, hf_model.model.norm.weight)
 
 
 def test_a_checkpoint_in_one_file_is_the_same_model(tmp_path, checkpoint):
@@ -60,7 +61,7 @@ def test_a_checkpoint_in_one_file_is_the_same_model(tmp_path, checkpoint):
 
 
 def test_dim_0_counts_experts_in_routers_and_experts_only(checkpoint):
-    counted = {name for name in checkpoint.names if is_expert_tensor(name)}
+    counted = {name for name in checkpoint.names if checkpoint.family.layer_of_experts(name) is not None}
     parts = ["router.weight", "router.bias"]
     parts += [f"experts.{p}_proj_{kind}" for p in ("gate_up", "down") for kind in ("blocks", "scales", "bias")]
     assert counted == {f"model.layers.{i}.mlp.{part}" for i in range(world.LAYERS) for part in parts}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import world
 
-from eaftlib.engine import forward
+from eaftlib.engine import forward, traversal
 from eaftlib.engine.weights import Weights
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.kernels import token_statistics as kernel
@@ -28,7 +28,7 @@ COLUMNS = (
 @pytest.fixture(scope="module", params=["resident", "streamed"])
 def trace(request, checkpoint, blocks, cpu):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
+        patch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 80)
         patch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
         if request.param == "streamed":
             patch.setattr("eaftlib.engine.weights.RESIDENT_SHARE", 0)
@@ -77,8 +77,8 @@ def sums_by_loop(routed, blocks, weights, align):
                 row["norm_sq_sum"] += n * n
                 row["max_activation"] = max(row["max_activation"], peak)
                 row["eaft_gate_norm_sum"] += w * g * n
-                row["pos_gate_norm_sum"] += w * g * n if w > 0 else 0
-                row["neg_gate_norm_sum"] += w * g * n if w < 0 else 0
+                row["pos_gate_norm_sum"] += g * n if w > 0 else 0
+                row["neg_gate_norm_sum"] += g * n if w < 0 else 0
                 row["pos_count"] += w > 0
                 row["neg_count"] += w < 0
     return rows

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import world
-from test_forward import keep_masks, reference
 from test_criteria import quantile
+from test_forward import keep_masks, reference
 
 from eaftlib.engine import forward
+from eaftlib.engine.weights import Weights
 from eaftlib.errors import EaftError, PackError, ParameterError
 from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.evaluation import results
@@ -125,8 +126,8 @@ def test_calib_and_eval_rows_do_not_mix(checkpoint, source, cpu, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test as soon as a layer is read: bad input is to be found before."""
-    monkeypatch.setattr(Checkpoint, "layer", lambda *a: pytest.fail("weights were read"))
-    monkeypatch.setattr(forward, "_Run", lambda *a: pytest.fail("a pass was started"))
+    monkeypatch.setattr(Weights, "_read", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(forward, "Traversal", lambda *a: pytest.fail("a pass was started"))
 
 
 @pytest.mark.parametrize(

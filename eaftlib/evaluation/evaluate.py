@@ -177,7 +177,7 @@ def _meta(
         "engine": f"eaftlib {__version__}",
         "code_sha256": project.code_sha256(),
         "device": placement.device.type,
-        "dtype": str(placement.dtype).removeprefix("torch."),
+        "dtype": placement.precision.name,
         "torch": torch.__version__,
         "transformers_version": transformers.__version__,
         "python": platform.python_version(),

@@ -69,7 +69,7 @@ def choose(ranking: np.ndarray, keep_n: int, always_keep: np.ndarray | None = No
 
 
 def core_experts(sums: pa.Table, top_m: int) -> np.ndarray:
-    """bool [L, E]: per layer the ``top_m`` experts with the largest positive mass (sum of w g n over w > 0)."""
+    """bool [L, E]: per layer the ``top_m`` experts with the largest positive mass (sum of g n over tokens with w > 0)."""
     mass = sums_by_layer(sums)["pos_gate_norm_sum"]
     if not 0 <= top_m <= mass.shape[1]:
         raise ParameterError(f"core_top_m: found {top_m}, expected 0 to {mass.shape[1]}")
