@@ -1,6 +1,8 @@
 """Saliency against transformers' modules run with hooks and summed token by token, expert by expert, in Python."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 import world
 
-from eaftlib.engine import forward, traversal
+from eaftlib.engine import experts, forward, traversal
 from eaftlib.engine.weights import Weights
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.kernels import token_statistics as kernel
@@ -237,3 +239,33 @@ def test_ranking_files_hold_the_fixed_names(trace, blocks, tmp_path):
     assert pq.read_table(tmp_path / "run" / "saliency.parquet").column_names == COLUMNS
     other = ranking_of(trace, sums, ["reap"], settings={"align": "token"}, seed=3)
     assert other["provenance"]["sha256"] != ranking["provenance"]["sha256"]
+
+
+@pytest.mark.parametrize("num_experts", [256, 257, 300])
+def test_expert_ids_beyond_a_byte_are_recorded(num_experts):
+    """300 experts, one a token: ids above 255 must neither wrap around nor be sorted as if they had."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(num_experts, generator=generator)[:, None]
+    hidden = torch.randn(num_experts, 8, generator=generator)
+    module = SimpleNamespace(num_experts=num_experts, limit=7.0, alpha=1.702)
+    module.gate_up_proj, module.down_proj = (
+        torch.randn(num_experts, *s, generator=generator) for s in ((8, 16), (8, 8))
+    )
+    module.gate_up_proj_bias, module.down_proj_bias = torch.zeros(num_experts, 16), torch.zeros(num_experts, 8)
+    trace = experts.ExpertTrace.empty(1, num_experts, 1, num_experts, torch.device("cpu"))
+    module.probe = experts.ExpertProbe(trace, 0, 0, torch.arange(num_experts))
+    found = experts.measured(experts.grouped)(module, hidden, ids, torch.ones(num_experts, 1))
+    assert torch.equal(trace.expert[0].long(), ids)
+    for token, expert in enumerate(ids[:, 0]):
+        gate, up = (hidden[token] @ module.gate_up_proj[expert]).view(8, 2).T
+        h = (up.clamp(-7, 7) + 1) * gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7))
+        torch.testing.assert_close(found[token], h @ module.down_proj[expert], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "module", ["params", "pruning.criteria", "pruning.keepsets", "evaluation.results", "report.model"]
+)
+def test_light_modules_load_neither_torch_nor_transformers(module):
+    program = f"import sys, eaftlib.{module}; print(*{{'torch', 'transformers', 'matplotlib'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,16 +1,21 @@
 """From a ranking to the set of experts that stay in each layer."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import ParameterError, ResultError
-from ..model.checkpoint import Checkpoint
 from .criteria import sums_by_layer
 from .ranking import read_ranking, read_sums
+
+if TYPE_CHECKING:  # loads torch and transformers
+    from ..model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
