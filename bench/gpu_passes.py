@@ -247,7 +247,7 @@ def layers_of_120b(folder: Path, layers: int = 2) -> dict:
 def _seconds_of_ends(weights: Weights, blocks: Blocks) -> float:
     """Embedding, final norm and token statistics: a pass over no layers."""
     layers = weights.checkpoint.config.num_hidden_layers
-    kept, weights._kept = weights._kept, []
+    kept, weights._kept = weights._kept, {}
     weights.checkpoint.config.num_hidden_layers = 0
     try:
         forward.score(weights, blocks, progress=False)

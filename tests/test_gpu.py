@@ -15,6 +15,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from eaftlib.engine import experts, forward, traversal, weights
 from eaftlib.engine import placement as devices
 from eaftlib.engine.attention import attention_with_sinks
+from eaftlib.engine.traversal import Traversal
+from eaftlib.engine.variants import Variant
 from eaftlib.engine.weights import Weights
 from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
@@ -314,3 +316,54 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
         ppl.append([e["model"]["ppl"] for r in (base, *candidates) for e in r.entries.values()])
     assert verdicts[0] == verdicts[1] and verdicts[0][-1] == gates.FAIL
     np.testing.assert_allclose(ppl[1], ppl[0], rtol=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plain_backend_can_be_forced_and_agrees(demo, demo_blocks, dtype):
+    fused, opened = run(demo, demo_blocks, dtype)
+    assert opened.backend.name == "fused"
+    opened = Weights(demo, devices.place("cuda", dtype, backend="plain"))
+    assert opened.backend.name == "plain"
+    plain = forward.score(opened, demo_blocks, keep_sets=[None, most_of(demo)], progress=False)
+    for a, b in zip(fused.variants, plain.variants, strict=True):
+        if dtype == "float32":
+            np.testing.assert_allclose(a.nll, b.nll, rtol=1e-3, atol=1e-3)
+        assert np.exp(a.nll.mean()) == pytest.approx(np.exp(b.nll.mean()), rel=0.005)
+
+
+def gradients(demo, blocks, placement):
+    """Of the summed NLL of kept tokens, for routers, norms, biases and attention of a pruned demo model."""
+    opened = Weights(demo, placement, training=True)
+    parts = ("router", "_bias", "norm", "self_attn")
+    names = [name for name in demo.names if any(part in name for part in parts)]
+    changed = {n: demo.tensor(n).to(opened.device, torch.float32).requires_grad_() for n in names}
+    tokens, kept = (torch.from_numpy(x).to(opened.device) for x in (blocks.tokens, blocks.kept))
+
+    def loss(ids, hidden):
+        ids = ids.to(opened.device)
+        wanted = kept[ids][:, 1:]
+        logits = hidden[:, :-1][wanted] @ opened.lm_head.to(hidden.dtype).T
+        return torch.nn.functional.cross_entropy(logits.float(), tokens[ids][:, 1:][wanted].long(), reduction="sum")
+
+    for _ in Traversal(opened, blocks, [Variant(opened, most_of(demo), changed)]).backward(loss):
+        pass
+    return {name: value.grad.cpu() for name, value in changed.items()}, opened
+
+
+@pytest.mark.parametrize("waiting", ["on the device", "in host memory"])
+def test_gradients_streamed_are_those_of_resident_layers_and_of_the_cpu(demo, demo_blocks, monkeypatch, waiting):
+    with torch.inference_mode(False):
+        few = replace(demo_blocks, tokens=demo_blocks.tokens[:6], kept=demo_blocks.kept[:6])
+        monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 2 * 512)
+        resident, opened = gradients(demo, few, devices.place("cuda", "float32"))
+        assert opened.resident
+        on_cpu, _ = gradients(demo, few, devices.place("cpu"))
+        monkeypatch.setattr(weights, "RESIDENT_SHARE", 0.0)
+        if waiting == "in host memory":
+            monkeypatch.setattr(traversal, "DEVICE_SHARE", 0.0)
+        streamed, opened = gradients(demo, few, devices.place("cuda", "float32"))
+        assert not opened.resident
+    for name, expected in resident.items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(streamed[name], expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: n + m)
+        assert relative_error(expected, on_cpu[name].double()) < 2e-2, name
