@@ -29,7 +29,7 @@ _TOKEN_COLUMNS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One model's result as read from disk. ``content`` has the file's shape, see the README.
+    """One model's result as read from disk. ``content`` has the file's shape, see docs/metrics.md.
 
     parts: the results it was put together from, where runs of one model at several sequence lengths were merged.
     """
