@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eaftlib.errors import PackError
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import PackSource, overlaps, pack_blocks
 
 
@@ -48,7 +49,7 @@ def stream(rows, tokenizer):
 
 
 def stub(rows):
-    return SimpleNamespace(source="rows in memory", rows=lambda pack, split: iter(rows))
+    return SimpleNamespace(source="rows in memory", parts=lambda pack, split: {pack: iter(rows)})
 
 
 def check_packing(rows, tokenizer, seq_len):
@@ -57,7 +58,7 @@ def check_packing(rows, tokenizer, seq_len):
     num_blocks = len(expected) // seq_len
     scored = [kept and i % seq_len > 0 for i, (_, kept) in enumerate(expected)][: num_blocks * seq_len]
     assume(any(scored))
-    blocks = pack_blocks(stub(rows), "p", tokenizer, seq_len=seq_len, num_blocks=num_blocks)
+    blocks = pack_blocks(stub(rows), "p", tokenizer, completion_spans, seq_len=seq_len, num_blocks=num_blocks)
     assert blocks.tokens.shape == blocks.kept.shape == (num_blocks, seq_len)
     assert blocks.tokens.ravel().tolist() == [token for token, _ in expected[: num_blocks * seq_len]]
     assert blocks.kept.ravel().tolist() == scored
@@ -105,14 +106,16 @@ def test_hand_packed_blocks(tokenizer):
     word = tokenizer("assistant")["input_ids"]
     expected = [start, *word, message, letters["a"], letters["b"], end, eos]
     head = len(word) + 2
-    blocks = pack_blocks(stub([first, second]), "p", tokenizer, seq_len=len(expected) + 1, num_blocks=1)
+    blocks = pack_blocks(
+        stub([first, second]), "p", tokenizer, completion_spans, seq_len=len(expected) + 1, num_blocks=1
+    )
     assert blocks.tokens[0].tolist() == [*expected, start]
     assert np.flatnonzero(blocks.kept[0]).tolist() == [head, head + 1]
     assert blocks.rows_seen == 2
 
 
 def test_rows_seen_and_hash_cover_exactly_the_rows_that_were_cut(source, tokenizer):
-    blocks = pack_blocks(source, "pack_a", tokenizer, seq_len=32, num_blocks=6)
+    blocks = pack_blocks(source, "pack_a", tokenizer, completion_spans, seq_len=32, num_blocks=6)
     rows = [world.conversation(i) for i in range(20)]
     needed = next(n for n in range(1, 21) if len(stream(rows[:n], tokenizer)) >= 32 * 6)
     assert 1 < needed < 20
@@ -121,8 +124,8 @@ def test_rows_seen_and_hash_cover_exactly_the_rows_that_were_cut(source, tokeniz
 
 
 def test_first_blocks_do_not_depend_on_how_many_follow(source, tokenizer):
-    few = pack_blocks(source, "UNION", tokenizer, seq_len=24, num_blocks=3)
-    many = pack_blocks(source, "UNION", tokenizer, seq_len=24, num_blocks=9)
+    few = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=24, num_blocks=3)
+    many = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=24, num_blocks=9)
     assert np.array_equal(few.tokens, many.tokens[:3]) and np.array_equal(few.kept, many.kept[:3])
 
 
@@ -230,11 +233,16 @@ def test_too_few_rows_say_how_many_blocks_they_fill(source, tokenizer):
     rows = [world.conversation(200 + i) for i in range(8)]
     filled = len(stream(rows, tokenizer)) // 32
     with pytest.raises(PackError, match=rf"pack pack_c .* fills {filled} blocks of 32 tokens from 8 rows; 500 were"):
-        pack_blocks(source, "pack_c", tokenizer, seq_len=32, num_blocks=500)
+        pack_blocks(source, "pack_c", tokenizer, completion_spans, seq_len=32, num_blocks=500)
 
 
 def test_a_pack_without_assistant_messages_is_refused(tokenizer):
     with pytest.raises(PackError, match="no row has an assistant message"):
         pack_blocks(
-            stub(["<|start|>user<|message|>" + "hi " * 50 + "<|end|>"]), "p", tokenizer, seq_len=8, num_blocks=2
+            stub(["<|start|>user<|message|>" + "hi " * 50 + "<|end|>"]),
+            "p",
+            tokenizer,
+            completion_spans,
+            seq_len=8,
+            num_blocks=2,
         )
