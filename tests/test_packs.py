@@ -1,6 +1,8 @@
 """Rows, their order and split, and packing, against plain loops over characters and tokens."""
 
+import collections
 import hashlib
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +156,112 @@ def test_union_of_packs_longer_than_one_read(tmp_path):
     world.write_pack(tmp_path / "b.parquet", short)
     expected = [row for pair in zip(long, short, strict=False) for row in pair] + long[300:]
     assert list(PackSource(str(tmp_path)).rows("UNION")) == expected
+
+
+PARTS = {
+    "a": [world.conversation(i) for i in range(90)],
+    "b": [None, "", world.conversation(100), None, world.conversation(101)],  # finished early
+    "c": [None if i % 7 == 3 else "" if i % 11 == 5 else world.conversation(200 + i) for i in range(70)],
+}
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """Files of one row group, of groups smaller than a read, and of one that ends within a group."""
+    folder = tmp_path_factory.mktemp("grouped")
+    for (name, rows), text, size in zip(PARTS.items(), ("string", "large_string", "string"), (90, 2, 13), strict=True):
+        table = pa.table({"id": range(len(rows)), "text": pa.array(rows, pa.type_for_alias(text))})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=size)
+    return folder
+
+
+def plain_union(folder):
+    columns = [pq.read_table(folder / f"{name}.parquet")["text"].to_pylist() for name in "abc"]
+    longest = max(map(len, columns))
+    return [column[i] for i in range(longest) for column in columns if i < len(column) and column[i]]
+
+
+@pytest.fixture
+def rows_decoded(monkeypatch):
+    """How many rows were taken from the parquet file of so many rows."""
+    decoded = collections.Counter()
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counting(file, *args, **settings):
+        for batch in iter_batches(file, *args, **settings):
+            decoded[file.metadata.num_rows] += len(batch)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    return decoded
+
+
+def test_rows_are_those_of_a_plain_reading(grouped, rows_decoded):
+    source = PackSource(str(grouped))
+    for name, rows in PARTS.items():
+        assert list(source.rows(name)) == [row for row in rows if row]
+    assert rows_decoded == {90: 90, 5: 5, 70: 70}
+    assert list(source.rows("UNION")) == plain_union(grouped)
+
+
+def test_blocks_of_grouped_files_are_cut_from_a_plain_reading(grouped, tokenizer, rows_decoded):
+    rows = plain_union(grouped)
+    expected = stream(rows, tokenizer)
+    blocks = pack_blocks(
+        PackSource(str(grouped)), "UNION", tokenizer, completion_spans, seq_len=64, num_blocks=len(expected) // 64
+    )
+    assert blocks.tokens.ravel().tolist() == [token for token, _ in expected[: blocks.tokens.size]]
+    seen = b"".join(row.encode() + b"\0" for row in rows[: blocks.rows_seen])
+    assert blocks.rows_seen >= len(rows) - 1 and blocks.rows_sha256 == hashlib.sha256(seen).hexdigest()
+    assert rows_decoded == {90: 90, 5: 5, 70: 70}
+
+
+def test_a_pack_of_one_row_group_is_not_held_whole(tmp_path):
+    world.write_pack(tmp_path / "p.parquet", [f"{i} {i * 7919} " * 200 for i in range(20_000)])
+    size = pq.read_metadata(tmp_path / "p.parquet").row_group(0).column(0).total_uncompressed_size
+    rows = PackSource(str(tmp_path)).rows("p")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in itertools.islice(rows, 200)]
+    assert max(held) < 8e6 < size / 4
+
+
+def test_few_characters_are_tokenised_at_once_and_little_past_the_blocks(tokenizer):
+    """Forty rows of 100,000 characters, of which the blocks take two."""
+    row = "<|start|>assistant<|message|>" + "a" * 100_000 + "<|end|>"
+    batches = []
+
+    def counting(texts, **settings):
+        batches.append(sum(map(len, texts)))
+        return tokenizer(texts, **settings)
+
+    counting.eos_token_id = tokenizer.eos_token_id
+    needed = len(stream([row], tokenizer)) + 10
+    pack_blocks(stub([row] * 40), "p", counting, completion_spans, seq_len=needed, num_blocks=1)
+    assert len(batches) == 1 and batches[0] < 4 * len(row)
+
+
+def test_a_pack_that_shows_no_span_yet_is_read_on_to_its_first(tmp_path, tokenizer, rows_decoded):
+    mute = "<|start|>user<|message|>hi<|end|>"
+    world.write_pack(tmp_path / "a.parquet", [world.conversation(i) for i in range(1000)])
+    world.write_pack(tmp_path / "b.parquet", [mute] * 600 + [world.conversation(0)] + [mute] * 400)
+    source = PackSource(str(tmp_path))
+    blocks = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=200, num_blocks=2)
+    assert blocks.rows_seen < 10
+    assert rows_decoded[1000] <= 512 and 600 < rows_decoded[1001] < 700
+
+
+def test_a_pack_of_a_union_without_a_span_is_named_and_read_once(tmp_path, tokenizer, rows_decoded):
+    world.write_pack(tmp_path / "a.parquet", [world.conversation(i) for i in range(1000)])
+    world.write_pack(tmp_path / "b.parquet", ["<|start|>user<|message|>hi<|end|>"] * 500)
+    source = PackSource(str(tmp_path))
+    with pytest.raises(PackError, match=r"pack b \(rows: all\) of .* no row has an assistant message"):
+        pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=16, num_blocks=2)
+    assert 0 < rows_decoded[1000] <= 512 and rows_decoded[500] == 500
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    world.write_pack(tmp_path / "packs [1]*" / "p.parquet", ["a"])
+    assert list(PackSource(str(tmp_path / "packs [1]*")).rows("p")) == ["a"]
 
 
 def test_packs_in_subfolders_are_named_by_their_stem(tmp_path):

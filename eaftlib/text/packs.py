@@ -115,12 +115,7 @@ def pack_blocks(
         filled = end
         if filled == wanted:
             break
-    for name, part in parts.items():
-        if not part.has_spans():
-            raise PackError(
-                f"pack {name} (rows: {rows}) of {source.source}: no row has an assistant message that is closed, so there "
-                "is nothing to score. Is the text in the model's chat format?"
-            )
+    _require_spans(source, parts, rows)
     if filled < wanted:
         raise PackError(
             f"pack {pack} (rows: {rows}) of {source.source} fills {filled // seq_len} blocks of {seq_len} tokens from "
@@ -133,7 +128,7 @@ def pack_blocks(
     return Blocks(pack, rows, tokens, kept, rows_seen, digest.hexdigest())
 
 
-def overlaps(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+def overlaps(offsets: np.ndarray, spans: Spans) -> np.ndarray:
     """bool [T]: whether each token's character range (offsets [T, 2]) shares a character with a span (disjoint, ascending)."""
     if not spans:
         return np.zeros(len(offsets), bool)
@@ -165,6 +160,15 @@ class _Part:
     def has_spans(self) -> bool:
         """Whether a row that was read had a span, else whether one of the others has; reads on to the first that has."""
         return self._had_spans or any(row and row.spans for row in self._rows)
+
+
+def _require_spans(source: PackSource, parts: dict[str, _Part], rows: str) -> None:
+    for name, part in parts.items():
+        if not part.has_spans():
+            raise PackError(
+                f"pack {name} (rows: {rows}) of {source.source}: no row has an assistant message that is closed, so there "
+                "is nothing to score. Is the text in the model's chat format?"
+            )
 
 
 def _in_turn(parts: Iterable[Iterable]) -> Iterator:
