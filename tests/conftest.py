@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from eaftlib.engine import placement
 from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import PackSource, pack_blocks
 
 
@@ -67,7 +68,7 @@ def source(packs_folder):
 @pytest.fixture(scope="session")
 def blocks(source, tokenizer):
     """5 blocks of 40 tokens: above the sliding window of 16, no multiple of it."""
-    return pack_blocks(source, "UNION", tokenizer, seq_len=40, num_blocks=5)
+    return pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=40, num_blocks=5)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from eaftlib.evaluation.compare import compare
 from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import pack_blocks
 
 SETTINGS = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "rows": "all", "progress": False}
@@ -43,7 +44,7 @@ def folder(checkpoint, source, cpu, keep, tmp_path_factory):
 @pytest.mark.parametrize("pack", ["UNION", "pack_a"])
 @pytest.mark.parametrize("seq_len", [24, 40])
 def test_every_number_follows_from_transformers_logits(folder, source, tokenizer, hf_model, keep, label, pack, seq_len):
-    blocks = pack_blocks(source, pack, tokenizer, seq_len=seq_len, num_blocks=3)
+    blocks = pack_blocks(source, pack, tokenizer, completion_spans, seq_len=seq_len, num_blocks=3)
     nll, entropy, _ = reference(hf_model, blocks, removed=~keep.mask if label == "half" else None)
     found = results.read(folder / f"{label}.json")
     entry = found.entries[pack, seq_len]
@@ -93,7 +94,7 @@ def test_a_result_entry_holds_the_fixed_names(folder):
 
 
 def test_kl_and_agreement_are_means_over_kept_tokens(folder, source, tokenizer, hf_model, keep):
-    blocks = pack_blocks(source, "UNION", tokenizer, seq_len=40, num_blocks=3)
+    blocks = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=40, num_blocks=3)
     log_p, log_q = (reference(hf_model, blocks, removed=r)[2] for r in (None, ~keep.mask))
     model = results.read(folder / "half.json").entries["UNION", 40]["model"]
     assert model["kl_to_base"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)

@@ -18,6 +18,7 @@ from eaftlib.engine.weights import Weights, decoded_bytes
 from eaftlib.errors import ParameterError, ScoringError
 from eaftlib.kernels import token_statistics as kernel
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import Blocks, pack_blocks
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -74,7 +75,9 @@ def test_statistics_equal_transformers(checkpoint, blocks, cpu, hf_model, mode, 
 @pytest.mark.parametrize("seq_len", [2, 15, 16, 17, 64, 200])
 def test_sequence_lengths_around_the_window(checkpoint, source, tokenizer, cpu, hf_model, seq_len):
     """200 exceeds the length the rotary embedding was scaled from (64) too."""
-    blocks = pack_blocks(source, "UNION", tokenizer, seq_len=seq_len, num_blocks=max(3, 400 // seq_len))
+    blocks = pack_blocks(
+        source, "UNION", tokenizer, completion_spans, seq_len=seq_len, num_blocks=max(3, 400 // seq_len)
+    )
     assert_scores(
         forward.score(Weights(checkpoint, cpu), blocks, progress=False).variants[0], reference(hf_model, blocks)
     )

@@ -24,6 +24,7 @@ from eaftlib.kernels.fused import expert_activation, expert_combination
 from eaftlib.kernels.fused import mxfp4 as fused_mxfp4
 from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
 pytestmark = pytest.mark.gpu
@@ -189,7 +190,15 @@ def demo():
 
 @pytest.fixture(scope="module")
 def demo_blocks(demo):
-    return pack_blocks(PackSource(str(DEMO / "packs")), UNION, demo.tokenizer, seq_len=512, num_blocks=24, rows="eval")
+    return pack_blocks(
+        PackSource(str(DEMO / "packs")),
+        UNION,
+        demo.tokenizer,
+        demo.family.completion_spans,
+        seq_len=512,
+        num_blocks=24,
+        rows="eval",
+    )
 
 
 def most_of(checkpoint):
@@ -295,7 +304,7 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
     source = PackSource(str(DEMO / "packs"))
     cpu = devices.place("cpu", "float32")
     gpu = devices.place("cuda")
-    calibration = pack_blocks(source, UNION, demo.tokenizer, seq_len=512, num_blocks=16, rows="calib")
+    calibration = pack_blocks(source, UNION, demo.tokenizer, completion_spans, seq_len=512, num_blocks=16, rows="calib")
     trace, _ = record(demo, calibration, gpu, progress=False)
     sums = expert_sums(trace, np.ones(len(trace.nll)))
     write_ranking(tmp_path, ranking_of(trace, sums, ["reap_mass"], settings={}, seed=0), sums)

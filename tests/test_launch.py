@@ -213,7 +213,9 @@ def test_an_evaluation_is_the_same_shared(checkpoint, source, cpu, tmp_path):
 
 
 def test_a_ranking_is_the_same_shared(checkpoint, source, cpu):
-    blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=110)
+    blocks = pack_blocks(
+        source, "UNION", checkpoint.tokenizer, checkpoint.family.completion_spans, seq_len=40, num_blocks=110
+    )
     alone, shared = (record(checkpoint, blocks, place, progress=False)[0] for place in (cpu, TWO))
     for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
         np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))

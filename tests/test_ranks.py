@@ -32,7 +32,8 @@ placement = devices.place(device, "float32")
 keep = KeepSet(np.tile(np.arange(4), (checkpoint.num_layers, 1)), checkpoint.num_experts, {"criterion": "first", "keep_n": 4})
 evaluation.evaluate(checkpoint, source, placement, {"base": None, "half": keep}, seq_lens=[24, 40], num_blocks=int(count),
                     only=["UNION"], out_dir=out, progress=False)
-blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=int(count))
+spans = checkpoint.family.completion_spans
+blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, spans, seq_len=40, num_blocks=int(count))
 trace, _ = record(checkpoint, blocks, placement, progress=False)
 from pathlib import Path
 trace.save(Path(out) / "trace.safetensors")

@@ -179,9 +179,8 @@ def test_changed_parameters_are_those_of_a_checkpoint_that_has_them(tmp_path, ch
     with torch.inference_mode():
         for _ in Traversal(opened, blocks, [Variant(opened, changed=changed)], [Final()]).forward():
             pass
-        expected = world.load_with_transformers(AutoModelForCausalLM, other).model(
-            torch.from_numpy(blocks.tokens).long()
-        )
+        model = world.load_with_transformers(AutoModelForCausalLM, other).float()
+        expected = model.model(torch.from_numpy(blocks.tokens).long())
     torch.testing.assert_close(torch.cat(seen), expected.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 

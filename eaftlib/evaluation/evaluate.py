@@ -55,8 +55,9 @@ def evaluate(
     _check_labels(out_dir, metas)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
+    spans = checkpoint.family.completion_spans
     jobs = [
-        pack_blocks(source, pack, checkpoint.tokenizer, seq_len=length, num_blocks=num_blocks, rows=rows)
+        pack_blocks(source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=num_blocks, rows=rows)
         for pack in packs
         for length in seq_lens
     ]
