@@ -49,12 +49,11 @@ def test_embedding_head_and_norm_equal_those_that_transformers_loads(checkpoint,
     assert torch.equal(checkpoint.final_norm(*place).weight, hf_model.model.norm.weight)
 
 
-def test_a_checkpoint_in_one_file_is_the_same_model(tmp_path, checkpoint):
+def test_a_checkpoint_in_one_file_holds_the_same_tensors(tmp_path, checkpoint):
     folder = world.write_checkpoint(tmp_path / "m", shards=1)
     (folder / "model-00000-of-00001.safetensors").rename(folder / "model.safetensors")
     (folder / INDEX).unlink()
     single = Checkpoint(str(folder))
-    assert single.sha256 == checkpoint.sha256
     for name in checkpoint.names:
         assert torch.equal(single.tensor(name), checkpoint.tensor(name))
 

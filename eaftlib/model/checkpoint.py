@@ -1,6 +1,5 @@
 """A gpt-oss checkpoint on disk: found, verified before use, and read one layer at a time."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 
 from ..engine import attention, experts
 from ..errors import CheckpointError
-from ..files import read_json
-from . import mxfp4
+from ..files import read_json, sha256
+from . import fingerprint, mxfp4
 
 SUPPORTED = {"gpt_oss": "openai/gpt-oss-20b, openai/gpt-oss-120b and checkpoints of their layout"}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ class Checkpoint:
         self._verify()
 
     def __reduce__(self):
-        return Checkpoint, (self.model_id,)  # another process opens it anew
+        known = {"sha256": self.sha256, "tokenizer_sha256": self.tokenizer_sha256}
+        return Checkpoint, (self.model_id,), known  # another process opens it anew, but hashes nothing
 
     @property
     def num_layers(self) -> int:
@@ -80,21 +79,12 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        return hashlib.sha256(self._require_tokenizer_file().read_bytes()).hexdigest()
+        return sha256(self._require_tokenizer_file())
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the weights cheaply: over every tensor's name, type and shape, and the bytes of all routers.
-
-        Routers differ between any two trained models, so this tells models apart without reading gigabytes.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            entry = self._slice(name)
-            digest.update(f"{name} {entry.get_dtype()} {entry.get_shape()}\n".encode())
-            if ".mlp.router." in name:
-                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Identifies the model but for its tokenizer: every byte of its weights, and its configuration."""
+        return fingerprint.model_sha256(self.folder, self._shard_of)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor, memory-mapped on the CPU."""
