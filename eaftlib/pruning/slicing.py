@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import sha256, write_json
+from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
 from .keepsets import KeepSet
 
@@ -72,6 +73,8 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
         manifest = _write(checkpoint, keep, temporary, sizes, progress)
         temporary.chmod(0o755)
         temporary.rename(out_dir)
+        for file, digest in manifest["sha256"].items():
+            fingerprint.remember(out_dir / file, digest)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
