@@ -28,15 +28,8 @@ def entry(tokens, **changes):
 
 def write(folder, label, tokens, meta=(), **changes):
     """A result of ``tokens`` ((pack, seq_len) -> Tokens) as the library writes it."""
-    packs = {}
-    for (pack, seq_len), part in tokens.items():
-        packs.setdefault(pack, {})[str(seq_len)] = entry(part, **changes)
-    content = {
-        "schema": results.SCHEMA,
-        "meta": META | {"label": label} | dict(meta),
-        "packs": [{"pack": pack, "seq": seq} for pack, seq in packs.items()],
-    }
-    return results.write(folder, label, content, tokens)
+    entries = {key: entry(part, **changes) for key, part in tokens.items()}
+    return results.write(folder, label, META | {"label": label} | dict(meta), entries, tokens)
 
 
 @pytest.fixture
