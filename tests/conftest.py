@@ -39,6 +39,12 @@ settings.register_profile("suite", max_examples=40, deadline=None, derandomize=T
 settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_hashes(tmp_path_factory):
+    """No test, and no process that one starts, leaves anything in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer(checkpoint):
     return checkpoint.tokenizer

@@ -113,6 +113,7 @@ def test_provenance_names_everything_the_trace_came_from(trace, checkpoint, bloc
     expected = {
         "model_sha256": checkpoint.sha256,
         "tokenizer_sha256": checkpoint.tokenizer_sha256,
+        "eos_token_id": 1,
         "pack": "UNION",
         "rows": "all",
         "rows_seen": blocks.rows_seen,

@@ -15,6 +15,7 @@ from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.evaluation import results
 from eaftlib.evaluation.compare import compare
 from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.keepsets import KeepSet
 from eaftlib.text.harmony import completion_spans
@@ -298,9 +299,10 @@ def test_another_length_joins_the_result(checkpoint, source, cpu, tmp_path, pass
 
 
 def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
-    old = {"schema": results.SCHEMA, "meta": {"label": "x", "model_sha256": "other", "keep_set": None}, "packs": []}
+    meta = {"label": "x", "model_sha256": "other", "keep_set": None, "eos_token_id": 1}
+    old = {"schema": SCHEMA, "meta": meta, "packs": []}
     (tmp_path / "x.json").write_text(json.dumps(old))
-    with pytest.raises(EaftError, match=r"x\.json is the result of another model \(model_sha256 other, now"):
+    with pytest.raises(EaftError, match=r"x\.json is the result of another model: model_sha256 is other against"):
         evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
 
 

@@ -9,7 +9,8 @@ from test_results import random_tokens
 from eaftlib.errors import ParameterError
 from eaftlib.evaluation import gates as module
 from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows
-from eaftlib.evaluation.results import SCHEMA, Result
+from eaftlib.evaluation.results import Result
+from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.evaluation.statistics import aggregate
 
 FILE = Path(__file__).parents[1] / "params" / "gates" / "near-lossless-v1.json"

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ResultError
+from .identity import Identity, Question
 from .results import Result
 from .statistics import cells, conflicts
 
 BOOTSTRAP_DRAWS = 2000
 FLOOR_DRAWS = 20
-_MUST_AGREE = ("rows_seen", "rows_sha256")
-_META_MUST_AGREE = ("num_blocks", "tokenizer_sha256", "entropy_topk", "cc_quantile")
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,13 @@ def require_comparable(candidate: Result, baseline: Result, pack: str, seq_len: 
     for result in (candidate, baseline):
         if (pack, seq_len) not in result.entries:
             raise ResultError(f"{result.path} has no pack {pack} at seq_len {seq_len}; it has {sorted(result.entries)}")
-    cand, base = candidate.entries[pack, seq_len], baseline.entries[pack, seq_len]
-    facts = [(name, candidate.meta.get(name), baseline.meta.get(name)) for name in _META_MUST_AGREE]
-    facts += [(name, cand.get(name), base.get(name)) for name in _MUST_AGREE]
-    facts += [("kept_tokens", cand["model"]["kept_tokens"], base["model"]["kept_tokens"])]
-    bins = [tuple(e["model"]["hist2d_x_H"][k] for k in ("xbins", "ybins")) for e in (cand, base)]
-    facts += [("histogram bins", *bins)]
-    for name, found, expected in facts:
-        if found is not None and expected is not None and found != expected:
-            raise ResultError(
-                f"{candidate.label} cannot be compared with {baseline.label} on {pack} at {seq_len}: {name} is {found} "
-                f"against {expected}. Evaluate both on the same packs, rows, blocks and tokenizer."
-            )
+    key = {"pack": pack, "seq_len": seq_len}
+    cand, base = (Identity.of(r.meta, r.entries[pack, seq_len] | key) for r in (candidate, baseline))
+    if different := cand.differences(base, Question.COMPARABLE):
+        raise ResultError(
+            f"{candidate.label} cannot be compared with {baseline.label} on {pack} at {seq_len}: "
+            f"{'; '.join(map(str, different))}. Evaluate both on the same packs, rows, blocks and tokenizer."
+        )
 
 
 def js_divergence(counts_a, counts_b) -> float:

@@ -1,6 +1,5 @@
 """A checkpoint on disk: found, verified before use, and read one tensor at a time."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError
-from ..files import read_json
+from ..files import read_json, sha256
+from . import fingerprint
 from .families import FAMILIES, Family
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,7 +47,8 @@ class Checkpoint:
         self._verify()
 
     def __reduce__(self):
-        return Checkpoint, (self.model_id,)  # another process opens it anew
+        known = {"sha256": self.sha256, "tokenizer_sha256": self.tokenizer_sha256}
+        return Checkpoint, (self.model_id,), known  # another process opens it anew, but hashes nothing
 
     @property
     def num_layers(self) -> int:
@@ -76,21 +77,12 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        return hashlib.sha256(self._require_tokenizer_file().read_bytes()).hexdigest()
+        return sha256(self._require_tokenizer_file())
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the weights cheaply: over every tensor's name, type and shape, and the bytes of all routers.
-
-        Routers differ between any two trained models, so this tells models apart without reading gigabytes.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            entry = self._slice(name)
-            digest.update(f"{name} {entry.get_dtype()} {entry.get_shape()}\n".encode())
-            if ".mlp.router." in name:
-                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Identifies the model but for its tokenizer: every byte of its weights, and its configuration."""
+        return fingerprint.model_sha256(self.folder, self._shard_of)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor, memory-mapped on the CPU."""

@@ -116,7 +116,8 @@ def from_ranking(
     if provenance["model_sha256"] != checkpoint.sha256:
         raise ResultError(
             f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
-            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune."
+            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
+            "of earlier versions know a model by its routers alone and have to be made again.)"
         )
     if criterion not in content["criteria"]:
         raise ParameterError(f"criterion: found {criterion!r}; {ranking} has {sorted(content['criteria'])}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import sha256, write_json
+from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
 from ..model.writer import Progress, Stored, write_shards
 from ..progress import progress_bar
@@ -67,6 +68,8 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
         manifest = _write(checkpoint, keep, temporary, sizes, progress)
         temporary.chmod(0o755)
         temporary.rename(out_dir)
+        for file, digest in manifest["sha256"].items():
+            fingerprint.remember(out_dir / file, digest)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)

@@ -90,6 +90,7 @@ def record(
             "model_id": checkpoint.model_id,
             "model_sha256": checkpoint.sha256,
             "tokenizer_sha256": checkpoint.tokenizer_sha256,
+            "eos_token_id": checkpoint.tokenizer.eos_token_id,
             "pack": blocks.pack,
             "rows": blocks.rows,
             "rows_seen": blocks.rows_seen,
