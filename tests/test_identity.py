@@ -196,8 +196,8 @@ MACHINE += ["engine", "code_sha256", "device", "gpu_name", "torch", "transformer
 def test_which_facts_decide_which_question(recorded, question, names):
     mine = Identity.of(*recorded)
     found = {}
-    for place in FACTS:
-        other = Identity(mine.facts | {place: "other"})
+    for fact in FACTS:
+        other = Identity(mine.facts | {fact: "other"})
         assert not other.differences(other, question)
         found |= {d.name: str(d) for d in other.differences(mine, question)}
     assert found.keys() == set(names)
