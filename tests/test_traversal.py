@@ -1,5 +1,6 @@
 """Blocks through the layers and back: gradients are transformers' own, and layers are afterwards as they were."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -114,6 +115,24 @@ def test_streamed_gradients_are_the_resident_ones(checkpoint, cpu, blocks, monke
             pass
         found.append({name: value.grad for name, value in changed.items()})
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+
+
+def test_streamed_layers_come_by_one_at_a_time_and_again_in_reverse(checkpoint, cpu, blocks, monkeypatch):
+    read_layer, read, alive = Weights._read, [], []
+
+    def watched(self, index):
+        assert not any(layer() is not None for layer in alive), "two layers at once"
+        read.append(index)
+        layer = read_layer(self, index)
+        alive.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(Weights, "_read", watched)
+    monkeypatch.setattr(weights, "RESIDENT_SHARE", 0)
+    opened, changed = Weights(checkpoint, cpu, training=True), small_parameters(checkpoint)
+    for _ in Traversal(opened, blocks, [Variant(opened, changed=changed)]).backward(loss_on(blocks, opened.lm_head)):
+        pass
+    assert read == [*range(world.LAYERS), *reversed(range(world.LAYERS))]
 
 
 def test_short_memory_on_the_way_back_counts_no_gradient_twice(training, checkpoint, blocks, monkeypatch):

@@ -46,9 +46,9 @@ class Weights:
             yield from ((index, self._kept[index]) for index in order)
             return
         self._kept.clear()
-        for index, layer in zip(
-            order, self._read_ahead(order) if self.device.type == "cuda" else map(self._read, order), strict=True
-        ):
+        coming = self._read_ahead(order) if self.device.type == "cuda" else map(self._read, order)
+        for index in order:  # neither zip nor enumerate: they hold on to what they gave last
+            layer = next(coming)
             if self.resident:
                 self._kept[index] = layer
             yield index, layer
