@@ -46,9 +46,9 @@ class Weights:
             yield from ((index, self._kept[index]) for index in order)
             return
         self._kept.clear()
-        coming = self._read_ahead(order) if self.device.type == "cuda" else map(self._read, order)
-        for index in order:  # neither zip nor enumerate: they hold on to what they gave last
-            layer = next(coming)
+        indices = iter(order)
+        for layer in self._read_ahead(order) if self.device.type == "cuda" else map(self._read, order):
+            index = next(indices)  # zip and enumerate would hold on to the layer that they gave last
             if self.resident:
                 self._kept[index] = layer
             yield index, layer
