@@ -32,9 +32,8 @@ class Picture(Figure):
     def svg(self) -> str:
         """The <svg> element alone, for pages; the same figure gives the same text."""
         buffer = io.StringIO()
-        with rc_context(
-            {"svg.hashsalt": "eaftlib"}
-        ):  # names of clips and markers come from their content, not by chance
+        # With a salt, the names of clips and marks come from their content; without, they are drawn anew by each process.
+        with rc_context({"svg.hashsalt": "eaftlib"}):
             self.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         return text[text.index("<svg") :]
