@@ -112,7 +112,7 @@ def _kaggle_pull(options) -> int:
 
 
 def _summary(options) -> int:
-    from .report.report import summary
+    from .report.tables import summary
 
     print(summary(json.loads(options.verdict.read_text())))
     return 0
