@@ -1,9 +1,9 @@
-"""Two checkouts of this project against each other on one GPU, in turn, at gpt-oss-20b's shape.
+"""Two checkouts of this project against each other, in turn: on one GPU at gpt-oss-20b's shape, else the demo model.
 
     python bench/trees.py OLD NEW [--checkpoint FOLDER] [--out FOLDER]
 
 A process each time (old, new, old, new), since both do not fit beside each other: weights resident, then scoring, ranking
-and token statistics; and a pass within 16 GB. Ratios are of medians over all of a tree's repeats.
+and token statistics; and a pass within 16 GB. On a CPU scoring and ranking. Ratios are of medians over all repeats.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 ROUNDS, REPEATS = 2, 5
 WORKER = """
@@ -29,7 +31,7 @@ def module(*names):
 placement, weights = module("engine.placement", "devices"), module("engine.weights", "weights")
 forward, packs = module("engine.forward", "forward"), module("text.packs", "packs")
 checkpoint, kernel = module("model.checkpoint", "checkpoint"), module("kernels.token_statistics")
-fused = module("kernels.fused.token_statistics")
+fused = module("kernels.fused.token_statistics") if torch.cuda.is_available() else None
 folder, mode, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3])
 opened = checkpoint.Checkpoint(folder)
 
@@ -40,13 +42,14 @@ def blocks(count, length):
     return packs.Blocks("random", "all", tokens, kept, count, "")
 
 found = {}
+wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 def rate(name, amount, run, repeats=repeats):
     run()
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        wait()
         found.setdefault(name, []).append(amount / (time.perf_counter() - started))
 
 if mode == "resident":
@@ -70,6 +73,12 @@ if mode == "resident":
                 fused.token_statistics(kernel.logits_of(h, loaded.lm_head), t, 20)
         rate("token statistics, 16,384 tokens", 16384, step, 10)
     found["nll"] = [float(first.variants[0].nll.sum(dtype=np.float64))]
+elif mode == "cpu":
+    loaded, text = weights.Weights(opened, placement.place("cpu")), blocks(8, 1024)
+    rate("scoring, 8 x 1,024", text.tokens.size, lambda: forward.score(loaded, text, progress=False))
+    rate("ranking, 8 x 1,024", text.tokens.size,
+         lambda: forward.score(loaded, text, record_experts=True, progress=False))
+    found["nll"] = [float(forward.score(loaded, text, progress=False).variants[0].nll.sum(dtype=np.float64))]
 else:
     loaded = weights.Weights(opened, placement.place("cuda", max_gpu_memory=16.0))
     assert not loaded.resident
@@ -92,16 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--checkpoint", type=Path, default=Path("outputs/bench/20b"))
+    parser.add_argument("--checkpoint", type=Path, help="else outputs/bench/20b on a GPU, demo/model on a CPU")
     parser.add_argument("--blocks", default="256", help="of 2,048 tokens in the pass within 16 GB")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
     trees = {"old": args.old.resolve(), "new": args.new.resolve()}
     found: dict[str, dict[str, list[float]]] = {}
-    for mode in ("resident", args.blocks):
+    on_gpu = torch.cuda.is_available()
+    checkpoint = args.checkpoint or Path("outputs/bench/20b" if on_gpu else "demo/model")
+    for mode in ("resident", args.blocks) if on_gpu else ("cpu",):
         for _ in range(ROUNDS):
             for label, tree in trees.items():
-                for name, values in measure(tree, str(args.checkpoint.resolve()), mode).items():
+                for name, values in measure(tree, str(checkpoint.resolve()), mode).items():
                     found.setdefault(f"{name} ({mode})" if name == "nll" else name, {}).setdefault(label, []).extend(
                         values
                     )
