@@ -166,6 +166,9 @@ class Report(Parameters):
     out_dir: str
 
 
+NOTEBOOKS = {"01_rank": Rank, "02_prune": Prune, "03_evaluate": Evaluate, "04_report": Report}
+
+
 def _assigned_names(source: str) -> set[str]:
     tree = ast.parse(source)
     targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]

@@ -25,7 +25,8 @@ from kaggle_server import (
 
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import driver, ledger, outcome
+from eaftlib.kaggle import driver, ledger
+from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import LimitReached, Service
 
 
@@ -756,7 +757,7 @@ def test_the_keep_set_is_the_one_that_was_asked_for(scored, tmp_path, label, cho
     content["meta"] |= {"label": label, "keep_set": chosen, "code_sha256": "c", "num_experts": 8, "top_k": 2}
     (tmp_path / f"{label}.json").write_text(json.dumps(content))
     with pytest.raises(ResultError, match=words) if words else contextlib.nullcontext():
-        outcome._check_evaluation(tmp_path / f"{label}.json", entry)
+        JOBS["03_evaluate"].verify(tmp_path / f"{label}.json", entry)
 
 
 def test_a_token_in_the_log_is_not_kept(here, server, play):
