@@ -82,29 +82,29 @@ def _kaggle_build(options) -> int:
 
 
 def _kaggle_push(options) -> int:
-    from .kaggle import driver
+    from .kaggle import pushing
     from .kaggle.service import Service
 
-    pushed = driver.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
+    pushed = pushing.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
     return int(any(entry.state == "failed" for entry in pushed))
 
 
 def _kaggle_status(options) -> int:
-    from .kaggle import driver
+    from .kaggle import following
     from .kaggle.service import Service
 
     service = Service()
-    for entry in driver.follow(service, options.runs):
-        print(driver.describe(entry))
+    for entry in following.follow(service, options.runs):
+        print(following.describe(entry))
     print(service.quota())
     return 0
 
 
 def _kaggle_pull(options) -> int:
-    from .kaggle import driver
+    from .kaggle import pulling
     from .kaggle.service import Service
 
-    return int(any(entry.state == "failed" for entry in driver.pull(Service(), options.runs)))
+    return int(any(entry.state == "failed" for entry in pulling.pull(Service(), options.runs)))
 
 
 def _summary(options) -> int:

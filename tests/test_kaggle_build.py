@@ -24,7 +24,7 @@ from eaftlib import params
 from eaftlib import project as code
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import build, driver, ledger, outcome, setup_cell
+from eaftlib.kaggle import build, ledger, outcome, pulling, pushing, setup_cell
 from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import Service
 
@@ -621,13 +621,13 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     file = here / "params" / "rank.yaml"
     file.write_text(yaml.safe_dump(values))
     service = Service()
-    (entry,) = driver.push([Path("params/rank.yaml")], service)
+    (entry,) = pushing.push([Path("params/rank.yaml")], service)
     version = server.wait(entry.run)
     assert version.request.get("enableInternet") is False and run_of(version)["internet"] is False
-    (entry,) = driver.pull(service)
+    (entry,) = pulling.pull(service)
     assert entry.state == "verified", entry.steps[-1].note + version.log
     assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
-    ranking = json.loads((driver.result_folder(entry) / "ranking.json").read_text())
+    ranking = json.loads((entry.result_folder / "ranking.json").read_text())
     assert set(ranking["criteria"]) == {"reap", "frequency"}
     for where, name, value in [
         ("provenance", "model_id", "tiny/other"),
@@ -639,13 +639,13 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
         with pytest.raises(ResultError, match=f"ranking.json: {name if where == 'provenance' else where} "):
             JOBS["01_rank"].verify(changed, entry)
 
-    shutil.copytree(driver.result_folder(entry), here / "o" / "rank")
+    shutil.copytree(entry.result_folder, here / "o" / "rank")
     keep = {"ranking": "o/rank/ranking.json", "criterion": "reap", "keep_n": 4}
     sweep = write_params(here, "sweep", keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24])
-    (entry,) = driver.push([Path(sweep)], service)
+    (entry,) = pushing.push([Path(sweep)], service)
     version = server.wait(entry.run)
-    (entry,) = driver.pull(service)
+    (entry,) = pulling.pull(service)
     assert entry.state == "verified", entry.steps[-1].note + version.log
-    base, pruned = results.read_all([str(driver.result_folder(entry))])
+    base, pruned = results.read_all([str(entry.result_folder)])
     assert (base.label, pruned.label) == ("base", "reap-4")
     assert base.meta["keep_set"] is None and pruned.meta["keep_set"]["criterion"] == "reap"

@@ -9,7 +9,7 @@ from kaggle_server import run_of
 from eaftlib import notebooks, params
 from eaftlib.errors import ResultError
 from eaftlib.files import read_json
-from eaftlib.kaggle import build, driver, job
+from eaftlib.kaggle import build, job, pulling, pushing
 from eaftlib.kaggle.service import Service
 
 KAGGLE = Path(job.__file__).parent
@@ -81,10 +81,10 @@ def test_another_notebook_is_one_entry(here, server, play, recovery, steps, stat
 
     server.session = session
     service = Service(first_wait=0.01, longest_wait=0.02)
-    (entry,) = driver.push([recovery], service, say=lambda line: None)
+    (entry,) = pushing.push([recovery], service, say=lambda line: None)
     version = server.wait(entry.run)
     assert list(run_of(version)["files"]) == ["tiny/start/last.safetensors"]
-    (entry,) = driver.pull(service, say=lambda line: None)
+    (entry,) = pulling.pull(service, say=lambda line: None)
     assert (entry.notebook, entry.state) == ("05_recover", state)
     assert state == "verified" or "recovery.json: steps is 6" in entry.steps[-1].note
 
