@@ -36,10 +36,11 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile
 
-# What a commit must pass besides the tests: style, and notebooks that are exactly their sources.
+# What a commit must pass besides the tests: style, rooms that import downwards, notebooks that are exactly their sources.
 check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
 	$(PY) -m eaftlib notebooks --check
 
 notebooks: $(READY)

@@ -40,11 +40,15 @@ def compare_evaluation() -> list[dict]:
     checkpoint = Checkpoint(str(ROOT / "demo/model"))
     placement = devices.place("cpu")
     source = PackSource(str(ROOT / "demo/packs"))
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=placement.dtype).to(placement.device)
-    weights = Weights(checkpoint, placement)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model", dtype=placement.precision.products).to(
+        placement.device
+    )
+    weights, spans = Weights(checkpoint, placement), checkpoint.family.completion_spans
     rows = []
     for seq_len, num_blocks in ((1024, 8), (2048, 4)):
-        blocks = pack_blocks(source, UNION, checkpoint.tokenizer, seq_len=seq_len, num_blocks=num_blocks, rows="eval")
+        blocks = pack_blocks(
+            source, UNION, checkpoint.tokenizer, spans, seq_len=seq_len, num_blocks=num_blocks, rows="eval"
+        )
         runs = {
             "transformers, eager experts": lambda blocks=blocks: plain_loop(with_experts(model, "eager"), blocks),
             "transformers, grouped_mm experts": lambda blocks=blocks: plain_loop(

@@ -1,6 +1,7 @@
 """The kernels at gpt-oss-20b's shape, against what one would use without them."""
 
 import importlib.util
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_at
 
 from eaftlib.engine import experts as measured
 from eaftlib.engine.attention import attention_with_sinks
+from eaftlib.kernels import divergence as plain_divergence
+from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
+from eaftlib.kernels.fused import divergence, expert_activation, expert_combination
+from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.kernels.fused.attention import attention
 from eaftlib.kernels.fused.mxfp4 import decode
-from eaftlib.model import mxfp4
 
 CONFIG = GptOssConfig()
 BF16 = torch.bfloat16
@@ -36,7 +40,7 @@ def compare_statistics(tokens: int = 16384) -> list[dict]:
         return F.cross_entropy(logits, t, reduction="none"), -(top.exp() * top).sum(-1)
 
     def ours(h, t):
-        return statistics.token_statistics(statistics.logits_of(h, head), t, 20)
+        return fused_statistics.token_statistics(statistics.logits_of(h, head), t, 20)
 
     def sliced(step, size=rows):
         return lambda: [step(h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True)]
@@ -55,6 +59,25 @@ def compare_statistics(tokens: int = 16384) -> list[dict]:
 
 
 @torch.inference_mode()
+def compare_divergence(tokens: int = 1989, others: int = 4) -> list[dict]:
+    """KL and equal arg-max of some pruned models' logits to the whole model's, one slice of tokens."""
+    base = torch.randn(tokens, CONFIG.vocab_size, device="cuda") * 3
+    rest = [base + torch.randn_like(base) for _ in range(others)]
+
+    def against(reference):
+        def run():
+            whole = reference(base)
+            return [whole.compare(logits) for logits in rest]
+
+        return run
+
+    runs = {"plain PyTorch": against(plain_divergence.Reference), "eaftlib": against(divergence.Reference)}
+    return side_by_side(
+        f"divergence of {others} models, vocabulary 201,088", runs, tokens * others, "tokens/s", inner=3
+    )
+
+
+@torch.inference_mode()
 def compare_experts(tokens: int = 16384) -> list[dict]:
     """One layer's 32 experts, top 4, routing at random."""
     with torch.device("meta"):
@@ -66,8 +89,11 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     experts.load_state_dict(state, assign=True)
     x, ids = normal(tokens, h), torch.rand(tokens, e, device="cuda").topk(4).indices
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).to(BF16)
-    trace = measured.ExpertTrace.empty(1, tokens, 4, x.device)
+    trace = measured.ExpertTrace.empty(1, tokens, 4, e, x.device)
     probe = measured.ExpertProbe(trace, 0, 0, torch.arange(tokens, device="cuda"))
+
+    fused = partial(measured.grouped, activate=expert_activation.activate, combine=expert_combination.combine)
+    grouped = measured.measured(fused)
 
     def stock(implementation):
         def run():
@@ -79,7 +105,7 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     def ours(probe):
         def run():
             experts.probe = probe
-            return measured.experts_forward(experts, x, ids, gates)
+            return grouped(experts, x, ids, gates)
 
         return run
 
@@ -130,18 +156,12 @@ def compare_decode() -> list[dict]:
     shape = (CONFIG.num_local_experts, 2 * CONFIG.intermediate_size, CONFIG.hidden_size // 32)
     blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, device="cuda")
     scales = torch.randint(118, 121, shape, dtype=torch.uint8, device="cuda")
-    values = torch.empty(*shape, 32, dtype=BF16, device="cuda")
-    moved = blocks.nbytes + scales.nbytes + values.nbytes
+    moved = blocks.nbytes + scales.nbytes + scales.numel() * 32 * BF16.itemsize
     source, target = torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda").unbind()
-
-    def plain():
-        table = mxfp4._byte_table(blocks.device)
-        for block, scale, value in zip(blocks, scales, values, strict=True):
-            value.copy_(torch.ldexp(table[block.int()], (scale.int() - 127)[..., None, None]).flatten(-2))
 
     runs = {
         "device copy of as many bytes": lambda: target.copy_(source),
-        "plain PyTorch": plain,
-        "eaftlib": lambda: decode(blocks, scales, values),
+        "plain PyTorch": lambda: mxfp4.decode(blocks, scales, BF16),
+        "eaftlib": lambda: decode(blocks, scales, BF16),
     }
     return side_by_side("MXFP4 decode to bf16", runs, moved / 1e9, "GB/s", inner=5)

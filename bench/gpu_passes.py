@@ -53,7 +53,7 @@ def stock_model(weights: Weights, experts: str, attention: str) -> GptOssForCaus
     config = type(weights.checkpoint.config).from_dict(weights.checkpoint.config.to_dict())
     config._attn_implementation, config._experts_implementation = attention, experts
     with torch.device("meta"):
-        model = GptOssForCausalLM(config).to(weights.dtype)
+        model = GptOssForCausalLM(config).to(weights.precision.products)
     for index, layer in weights.layers():
         model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
     model.model.rotary_emb = weights.rotary
@@ -247,7 +247,7 @@ def layers_of_120b(folder: Path, layers: int = 2) -> dict:
 def _seconds_of_ends(weights: Weights, blocks: Blocks) -> float:
     """Embedding, final norm and token statistics: a pass over no layers."""
     layers = weights.checkpoint.config.num_hidden_layers
-    kept, weights._kept = weights._kept, []
+    kept, weights._kept = weights._kept, {}
     weights.checkpoint.config.num_hidden_layers = 0
     try:
         forward.score(weights, blocks, progress=False)

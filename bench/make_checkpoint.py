@@ -9,11 +9,14 @@ stay in the range of the real model.
 import argparse
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import GptOssConfig
+
+from eaftlib.model.families import FAMILIES
 
 SHAPES = {
     "20b": {"num_hidden_layers": 24, "num_local_experts": 32},
@@ -22,32 +25,14 @@ SHAPES = {
 TOKENIZER = Path(__file__).parents[1] / "demo" / "model"  # any tokenizer whose ids lie below the vocabulary size
 
 
-def layer_tensors(c: GptOssConfig, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    h, inter, e = c.hidden_size, c.intermediate_size, c.num_local_experts
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-
-    def normal(*shape, std=0.02):
-        return (torch.randn(shape, generator=generator, device=generator.device) * std).bfloat16()
-
-    tensors = {
-        "input_layernorm.weight": torch.ones(h).bfloat16(),
-        "post_attention_layernorm.weight": torch.ones(h).bfloat16(),
-    }
-    for name, size in (("q", q), ("k", kv), ("v", kv)):
-        tensors |= {f"self_attn.{name}_proj.weight": normal(size, h), f"self_attn.{name}_proj.bias": normal(size)}
-    tensors |= {"self_attn.o_proj.weight": normal(h, q), "self_attn.o_proj.bias": normal(h)}
-    tensors |= {"self_attn.sinks": normal(c.num_attention_heads, std=1.0)}
-    tensors |= {"mlp.router.weight": normal(e, h), "mlp.router.bias": normal(e)}
-    for name, rows, columns in (("gate_up_proj", 2 * inter, h), ("down_proj", h, inter)):
-        groups = columns // 32
-        tensors[f"mlp.experts.{name}_blocks"] = torch.randint(
-            256, (e, rows, groups, 16), generator=generator, device=generator.device, dtype=torch.uint8
-        )
-        tensors[f"mlp.experts.{name}_scales"] = torch.randint(
-            118, 121, (e, rows, groups), generator=generator, device=generator.device, dtype=torch.uint8
-        )
-        tensors[f"mlp.experts.{name}_bias"] = normal(e, rows)
-    return {f"model.layers.{index}.{name}": t for name, t in tensors.items()}
+def random_tensor(name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith(("_blocks", "_scales")):
+        low, high = (0, 256) if name.endswith("_blocks") else (118, 121)
+        return torch.randint(low, high, shape, generator=generator, device=generator.device, dtype=torch.uint8)
+    if "norm" in name:
+        return torch.ones(shape).bfloat16()
+    std = 1.0 if name.endswith("sinks") else 0.02
+    return (torch.randn(shape, generator=generator, device=generator.device) * std).bfloat16()
 
 
 def write_checkpoint(out: Path, model: str, layers: int | None = None) -> None:
@@ -56,10 +41,14 @@ def write_checkpoint(out: Path, model: str, layers: int | None = None) -> None:
     config.layer_types = config.layer_types[: config.num_hidden_layers]
     out.mkdir(parents=True)
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+    family, shards = FAMILIES[config.model_type], defaultdict(dict)
+    for name, shape in family.shapes(config, ()).items():  # nothing is stored yet, so MXFP4
+        layer = next((i for i in range(config.num_hidden_layers) if name.startswith(family.prefix(i))), -1)
+        shards[layer + 1][name] = shape
     weight_map, total = {}, 0
-    for i in range(config.num_hidden_layers + 1):
-        tensors = end_tensors(config, generator) if i == 0 else layer_tensors(config, i - 1, generator)
-        file = f"model-{i + 1:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
+    for i, shapes in sorted(shards.items()):
+        tensors = {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
@@ -71,15 +60,6 @@ def write_checkpoint(out: Path, model: str, layers: int | None = None) -> None:
     for file in (*TOKENIZER.glob("tokenizer*"), *TOKENIZER.glob("special*")):
         shutil.copy(file, out)
     print(f"{out}: {total:,} bytes of tensors in {config.num_hidden_layers + 1} shards")
-
-
-def end_tensors(c: GptOssConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    shape = (c.vocab_size, c.hidden_size)
-    tensors = {
-        f"{name}.weight": (torch.randn(shape, generator=generator, device=generator.device) * 0.02).bfloat16()
-        for name in ("model.embed_tokens", "lm_head")
-    }
-    return tensors | {"model.norm.weight": torch.ones(c.hidden_size).bfloat16()}
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ COMPARISONS = {
     "evaluate": lambda folder: (cpu.compare_evaluation(), {}),
     "prune": lambda folder: (cpu.compare_pruning(full_shape(folder)), {}),
     "statistics": lambda folder: (gpu_kernels.compare_statistics(), {}),
+    "divergence": lambda folder: (gpu_kernels.compare_divergence(), {}),
     "experts": lambda folder: (gpu_kernels.compare_experts(), {}),
     "attention": lambda folder: (gpu_kernels.compare_attention(), {}),
     "decode": lambda folder: (gpu_kernels.compare_decode(), {}),
@@ -32,7 +33,7 @@ COMPARISONS = {
     "120b": lambda folder: ([], {"120b": gpu_passes.layers_of_120b(folder)}),
 }
 ON_CPU = ["evaluate"]
-ON_GPU = ["statistics", "pass", "profile", "streamed", "120b", "experts", "attention", "decode"]
+ON_GPU = ["statistics", "divergence", "pass", "profile", "streamed", "120b", "experts", "attention", "decode"]
 ON_GPUS = [*ON_GPU, "gpus"]
 
 

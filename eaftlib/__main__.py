@@ -8,9 +8,9 @@ from pathlib import Path
 from .errors import EaftError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eaftlib", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m eaftlib", description=__doc__)
+    commands = whole.add_subparsers(required=True)
     summary = commands.add_parser("summary", help="print a report's verdicts: criteria by keep counts")
     summary.add_argument("verdict", type=Path, help="verdict.json of a report")
     summary.set_defaults(run=_summary)
@@ -19,7 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     notebooks.set_defaults(run=_notebooks)
     _add_results(commands)
     _add_kaggle(commands)
-    options = parser.parse_args(arguments)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -108,7 +112,7 @@ def _kaggle_pull(options) -> int:
 
 
 def _summary(options) -> int:
-    from .report.report import summary
+    from .report.tables import summary
 
     print(summary(json.loads(options.verdict.read_text())))
     return 0

@@ -11,6 +11,8 @@ from .pruning.criteria import CRITERIA, RANDOM
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
+BASE = "base"  # label of the whole model
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
@@ -120,7 +122,7 @@ class Evaluate(Parameters):
     """03_evaluate"""
 
     model: str
-    label: str
+    label: str | None
     keep_set: KeepSetParameters | list[LabelledKeepSet] | None
     packs: str
     pack_files: list[str] | None
@@ -143,18 +145,24 @@ class Evaluate(Parameters):
         return KeepSetParameters.check(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
-        labels = list(self.keep_sets)
-        if isinstance(self.keep_set, list) and len(labels) < len(self.keep_set):
-            raise ValueError("keep_set: two entries share a label")
+    def _every_result_has_one_label(self) -> Self:
+        if isinstance(self.keep_set, list):
+            if self.label is not None:
+                raise ValueError(
+                    f"label: {self.label!r} names nothing beside a list, whose keep-sets have their own; set None"
+                )
+            if len(self.keep_sets) < len(self.keep_set):
+                raise ValueError("keep_set: two entries share a label")
+        elif self.keep_set is not None and self.label is None:
+            raise ValueError("label: the result of a keep-set needs a name; give one")
         return self
 
     @property
     def keep_sets(self) -> dict[str, dict[str, Any] | None]:
-        """Label -> arguments of keepsets.from_ranking, or None for the whole model."""
+        """Label -> arguments of keepsets.from_ranking, or None for the whole model, which is ``base`` if nothing is said."""
         if isinstance(self.keep_set, list):
             return {entry.label: entry.keep_set for entry in self.keep_set}
-        return {self.label: self.keep_set and self.keep_set.model_dump()}
+        return {self.label or BASE: self.keep_set and self.keep_set.model_dump()}
 
 
 class Report(Parameters):

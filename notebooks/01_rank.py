@@ -74,7 +74,10 @@ placement = devices.place(p.device, p.dtype, p.max_gpu_memory)
 print(f"{checkpoint.num_layers} layers x {checkpoint.num_experts} experts, top {checkpoint.top_k}, on {placement}")
 
 # %%
-blocks = pack_blocks(source, UNION, checkpoint.tokenizer, seq_len=p.seq_len, num_blocks=p.num_blocks, rows=p.rows)
+spans = checkpoint.family.completion_spans  # of the chat format: what the assistant says
+blocks = pack_blocks(
+    source, UNION, checkpoint.tokenizer, spans, seq_len=p.seq_len, num_blocks=p.num_blocks, rows=p.rows
+)
 print(
     f"{len(blocks.tokens)} blocks of {p.seq_len} from {blocks.rows_seen} rows ({p.rows}): {blocks.kept.sum():,} tokens kept"
 )

@@ -24,8 +24,10 @@
 # %% tags=["parameters"]
 # Parameters
 model = "demo/model"
-label = "base"  # name of the result; a list of keep-sets brings its own labels
-keep_set = None  # None, or {ranking, criterion, keep_n or keep_frac, ...}, or a list of those, each with a label
+label = None  # name of the result; None: "base", for the whole model
+keep_set = (
+    None  # None, or {ranking, criterion, keep_n or keep_frac, ...}, or a list of those, each with a label of its own
+)
 packs = "demo/packs"
 pack_files = None
 only = None  # every pack and UNION; or a list of those names

@@ -34,7 +34,7 @@ from IPython.display import Markdown, display
 from eaftlib import params, project
 from eaftlib.evaluation.gates import read_gates
 from eaftlib.evaluation.results import read_all
-from eaftlib.report import report
+from eaftlib.report import figures, folder, model, tables
 
 project.enter()
 p = params.Report.from_notebook(get_ipython())
@@ -45,19 +45,20 @@ p = params.Report.from_notebook(get_ipython())
 # Results of other rows, blocks or another tokenizer are refused. Intervals come from a paired bootstrap over blocks.
 
 # %%
-found = report.build(read_all(p.results), p.baseline, read_gates(p.gates))
-files = report.write(found, p.out_dir)
+found = model.build(read_all(p.results), p.baseline, read_gates(p.gates))
+files = folder.write(found, p.out_dir)
 print(found.headline)
 
 # %%
-found.figure()
+if found.curve:
+    display(figures.keep_curve(found.curve))
 
 # %% [markdown]
 # **Read from it:** inside the green band a keep-set passes the perplexity gate. Where a line crosses it is how many experts that
 # criterion can spare. Bars are 95 % intervals.
 
 # %%
-display(Markdown(report.markdown(found)))
+display(Markdown(tables.markdown(found)))
 
 # %% [markdown]
 # **Read from it:** a FAIL names its gate, the value and the limit. UNDECIDED means that the evaluation is too small for the JS2D gate: use

@@ -22,9 +22,10 @@ import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
-from eaftlib.engine import placement as devices
+from eaftlib.engine import placement
 from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import PackSource, pack_blocks
 
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items):
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_hashes(tmp_path_factory):
+    """No test, and no process that one starts, leaves anything in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +74,12 @@ def source(packs_folder):
 @pytest.fixture(scope="session")
 def blocks(source, tokenizer):
     """5 blocks of 40 tokens: above the sliding window of 16, no multiple of it."""
-    return pack_blocks(source, "UNION", tokenizer, seq_len=40, num_blocks=5)
+    return pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=40, num_blocks=5)
 
 
 @pytest.fixture(scope="session")
 def cpu():
-    return devices.Placement(torch.device("cpu"), torch.float32, "tests")
+    return placement.place("cpu", "float32")
 
 
 @pytest.fixture(scope="session")

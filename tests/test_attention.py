@@ -117,7 +117,7 @@ def test_the_fused_module_is_transformers_module(checkpoint, layer, transposed):
     ours.load_state_dict(theirs.state_dict())
     hidden = torch.randn(2, 40, config.hidden_size, generator=generator)
     positions = torch.arange(40)[None]
-    cos, sin = checkpoint.rotary(torch.device("cpu"))(hidden, positions)
+    cos, sin = checkpoint.family.build_rotary(checkpoint.config)(hidden, positions)
     mask = torch.zeros(40, 40).masked_fill(~visible(40, theirs.sliding_window), float("-inf"))[None, None]
     with torch.inference_mode():
         expected = theirs(hidden, (cos, sin), mask)[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import world
 
-from eaftlib.engine import forward
+from eaftlib.engine import experts, forward, traversal
 from eaftlib.engine.weights import Weights
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.kernels import token_statistics as kernel
@@ -28,7 +28,7 @@ COLUMNS = (
 @pytest.fixture(scope="module", params=["resident", "streamed"])
 def trace(request, checkpoint, blocks, cpu):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
+        patch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 80)
         patch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
         if request.param == "streamed":
             patch.setattr("eaftlib.engine.weights.RESIDENT_SHARE", 0)
@@ -77,8 +77,8 @@ def sums_by_loop(routed, blocks, weights, align):
                 row["norm_sq_sum"] += n * n
                 row["max_activation"] = max(row["max_activation"], peak)
                 row["eaft_gate_norm_sum"] += w * g * n
-                row["pos_gate_norm_sum"] += w * g * n if w > 0 else 0
-                row["neg_gate_norm_sum"] += w * g * n if w < 0 else 0
+                row["pos_gate_norm_sum"] += g * n if w > 0 else 0
+                row["neg_gate_norm_sum"] += g * n if w < 0 else 0
                 row["pos_count"] += w > 0
                 row["neg_count"] += w < 0
     return rows
@@ -113,6 +113,7 @@ def test_provenance_names_everything_the_trace_came_from(trace, checkpoint, bloc
     expected = {
         "model_sha256": checkpoint.sha256,
         "tokenizer_sha256": checkpoint.tokenizer_sha256,
+        "eos_token_id": 1,
         "pack": "UNION",
         "rows": "all",
         "rows_seen": blocks.rows_seen,
@@ -237,3 +238,24 @@ def test_ranking_files_hold_the_fixed_names(trace, blocks, tmp_path):
     assert pq.read_table(tmp_path / "run" / "saliency.parquet").column_names == COLUMNS
     other = ranking_of(trace, sums, ["reap"], settings={"align": "token"}, seed=3)
     assert other["provenance"]["sha256"] != ranking["provenance"]["sha256"]
+
+
+@pytest.mark.parametrize("num_experts", [256, 257, 300])
+def test_expert_ids_beyond_a_byte_are_recorded(num_experts):
+    """300 experts, one a token: ids above 255 must neither wrap around nor be sorted as if they had."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(num_experts, generator=generator)[:, None]
+    hidden = torch.randn(num_experts, 8, generator=generator)
+    module = SimpleNamespace(num_experts=num_experts, limit=7.0, alpha=1.702)
+    module.gate_up_proj, module.down_proj = (
+        torch.randn(num_experts, *s, generator=generator) for s in ((8, 16), (8, 8))
+    )
+    module.gate_up_proj_bias, module.down_proj_bias = torch.zeros(num_experts, 16), torch.zeros(num_experts, 8)
+    trace = experts.ExpertTrace.empty(1, num_experts, 1, num_experts, torch.device("cpu"))
+    module.probe = experts.ExpertProbe(trace, 0, 0, torch.arange(num_experts))
+    found = experts.measured(experts.grouped)(module, hidden, ids, torch.ones(num_experts, 1))
+    assert torch.equal(trace.expert[0].long(), ids)
+    for token, expert in enumerate(ids[:, 0]):
+        gate, up = (hidden[token] @ module.gate_up_proj[expert]).view(8, 2).T
+        h = (up.clamp(-7, 7) + 1) * gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7))
+        torch.testing.assert_close(found[token], h @ module.down_proj[expert], rtol=1e-4, atol=1e-4)

@@ -5,17 +5,20 @@ import json
 import numpy as np
 import pytest
 import world
-from test_forward import keep_masks, reference
 from test_criteria import quantile
+from test_forward import keep_masks, reference
 
 from eaftlib.engine import forward
+from eaftlib.engine.weights import Weights
 from eaftlib.errors import EaftError, PackError, ParameterError
 from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.evaluation import results
 from eaftlib.evaluation.compare import compare
 from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import pack_blocks
 
 SETTINGS = {"seq_lens": [24, 40], "num_blocks": 3, "only": ["UNION", "pack_a"], "rows": "all", "progress": False}
@@ -42,7 +45,7 @@ def folder(checkpoint, source, cpu, keep, tmp_path_factory):
 @pytest.mark.parametrize("pack", ["UNION", "pack_a"])
 @pytest.mark.parametrize("seq_len", [24, 40])
 def test_every_number_follows_from_transformers_logits(folder, source, tokenizer, hf_model, keep, label, pack, seq_len):
-    blocks = pack_blocks(source, pack, tokenizer, seq_len=seq_len, num_blocks=3)
+    blocks = pack_blocks(source, pack, tokenizer, completion_spans, seq_len=seq_len, num_blocks=3)
     nll, entropy, _ = reference(hf_model, blocks, removed=~keep.mask if label == "half" else None)
     found = results.read(folder / f"{label}.json")
     entry = found.entries[pack, seq_len]
@@ -92,7 +95,7 @@ def test_a_result_entry_holds_the_fixed_names(folder):
 
 
 def test_kl_and_agreement_are_means_over_kept_tokens(folder, source, tokenizer, hf_model, keep):
-    blocks = pack_blocks(source, "UNION", tokenizer, seq_len=40, num_blocks=3)
+    blocks = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=40, num_blocks=3)
     log_p, log_q = (reference(hf_model, blocks, removed=r)[2] for r in (None, ~keep.mask))
     model = results.read(folder / "half.json").entries["UNION", 40]["model"]
     assert model["kl_to_base"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
@@ -125,8 +128,8 @@ def test_calib_and_eval_rows_do_not_mix(checkpoint, source, cpu, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test as soon as a layer is read: bad input is to be found before."""
-    monkeypatch.setattr(Checkpoint, "layer", lambda *a: pytest.fail("weights were read"))
-    monkeypatch.setattr(forward, "_Run", lambda *a: pytest.fail("a pass was started"))
+    monkeypatch.setattr(Weights, "_read", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(forward, "Traversal", lambda *a: pytest.fail("a pass was started"))
 
 
 @pytest.mark.parametrize(
@@ -296,9 +299,10 @@ def test_another_length_joins_the_result(checkpoint, source, cpu, tmp_path, pass
 
 
 def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
-    old = {"schema": results.SCHEMA, "meta": {"label": "x", "model_sha256": "other", "keep_set": None}, "packs": []}
+    meta = {"label": "x", "model_sha256": "other", "keep_set": None, "eos_token_id": 1}
+    old = {"schema": SCHEMA, "meta": meta, "packs": []}
     (tmp_path / "x.json").write_text(json.dumps(old))
-    with pytest.raises(EaftError, match=r"x\.json is the result of another model \(model_sha256 other, now"):
+    with pytest.raises(EaftError, match=r"x\.json is the result of another model: model_sha256 is other against"):
         evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
 
 

@@ -33,7 +33,7 @@ def routed():
     return torch.randn(TOKENS, HIDDEN, generator=generator), torch.cat([first, second], 1), torch.rand(TOKENS, 2)
 
 
-@pytest.mark.parametrize("compute", [experts._one_by_one, experts._all_at_once])
+@pytest.mark.parametrize("compute", [experts.by_expert, experts.grouped])
 @pytest.mark.parametrize("measure", [True, False])
 def test_equal_to_transformers_loop(module, routed, compute, measure):
     hidden, ids, gates = routed
@@ -50,12 +50,12 @@ def test_equal_to_transformers_loop(module, routed, compute, measure):
 
 def test_a_probe_writes_its_rows_of_its_layer(module, routed):
     hidden, ids, gates = routed
-    trace = experts.ExpertTrace.empty(2, 10, 2, torch.device("cpu"))
+    trace = experts.ExpertTrace.empty(2, 10, 2, EXPERTS, torch.device("cpu"))
     rows = torch.tensor([3, 4, 30])
     module.probe = experts.ExpertProbe(trace, 1, 5, rows)
-    experts.experts_forward(module, hidden, ids, gates)
+    experts.measured(experts.by_expert)(module, hidden, ids, gates)
     module.probe = None
-    _, norm, peak = experts._one_by_one(module, hidden, ids, gates, True)
+    _, norm, peak = experts.by_expert(module, hidden, ids, gates, True)
     for found, expected in zip(trace.tensors, (ids, gates, norm, peak), strict=True):
         assert torch.equal(found[1, 5:8], expected[rows].to(found.dtype))
         assert not found[0].any() and not found[1, :5].any() and not found[1, 8:].any()

@@ -1,6 +1,7 @@
 """One pass of the library against AutoModelForCausalLM on the same checkpoint: float32, eager attention and experts."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,13 @@ from test_token_statistics import exact
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
-from eaftlib.engine import forward, weights
+from eaftlib.engine import forward, traversal, weights
 from eaftlib.engine import placement as devices
 from eaftlib.engine.weights import Weights, decoded_bytes
 from eaftlib.errors import ParameterError, ScoringError
 from eaftlib.kernels import token_statistics as kernel
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import Blocks, pack_blocks
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -59,7 +61,7 @@ def mode(request, monkeypatch):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Micro-batches of two blocks, and slices of seven tokens: several of each, with a remainder."""
-    monkeypatch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 80)
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 80)
     monkeypatch.setattr(kernel, "slice_rows", lambda vocab, device: 7)
 
 
@@ -73,7 +75,9 @@ def test_statistics_equal_transformers(checkpoint, blocks, cpu, hf_model, mode, 
 @pytest.mark.parametrize("seq_len", [2, 15, 16, 17, 64, 200])
 def test_sequence_lengths_around_the_window(checkpoint, source, tokenizer, cpu, hf_model, seq_len):
     """200 exceeds the length the rotary embedding was scaled from (64) too."""
-    blocks = pack_blocks(source, "UNION", tokenizer, seq_len=seq_len, num_blocks=max(3, 400 // seq_len))
+    blocks = pack_blocks(
+        source, "UNION", tokenizer, completion_spans, seq_len=seq_len, num_blocks=max(3, 400 // seq_len)
+    )
     assert_scores(
         forward.score(Weights(checkpoint, cpu), blocks, progress=False).variants[0], reference(hf_model, blocks)
     )
@@ -131,22 +135,22 @@ def test_no_kl_without_the_whole_model(checkpoint, blocks, cpu):
 
 def test_micro_batches_change_nothing(checkpoint, blocks, cpu, monkeypatch):
     whole = forward.score(Weights(checkpoint, cpu), blocks, progress=False).variants[0]
-    monkeypatch.setitem(forward.MICRO_BATCH_TOKENS, "cpu", 1)
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 1)
     single = forward.score(Weights(checkpoint, cpu), blocks, progress=False).variants[0]
     np.testing.assert_allclose(single.nll, whole.nll, rtol=1e-5, atol=1e-5)
 
 
 def test_streaming_reads_each_layer_once(checkpoint, blocks, cpu, monkeypatch, small_batches):
     read = []
-    layer = Checkpoint.layer
-    monkeypatch.setattr(Checkpoint, "layer", lambda self, i, *a: read.append(i) or layer(self, i, *a))
+    read_layer = Weights._read
+    monkeypatch.setattr(Weights, "_read", lambda self, i: read.append(i) or read_layer(self, i))
     monkeypatch.setattr(weights, "RESIDENT_SHARE", 0)
     forward.score(Weights(checkpoint, cpu), blocks, keep_sets=keep_masks(2, 4), progress=False)
     assert read == list(range(world.LAYERS))
 
 
 def test_bfloat16_is_close_to_float32(checkpoint, blocks, cpu):
-    half = devices.Placement(torch.device("cpu"), torch.bfloat16, "test")
+    half = devices.place("cpu", "bfloat16")
     a, b = (forward.score(Weights(checkpoint, p), blocks, progress=False).variants[0] for p in (cpu, half))
     assert b.nll.dtype == np.float32
     assert np.abs(a.nll - b.nll).mean() < 0.1 * a.nll.mean()
@@ -215,8 +219,10 @@ def test_decoded_bytes_count_the_decoded_layers(checkpoint, hf_model):
 def test_placement(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     placed = devices.place()
-    assert (placed.device.type, placed.dtype) == ("cpu", torch.float32) and "no GPU is present" in str(placed)
-    assert devices.place("cpu", "bfloat16").dtype == torch.bfloat16
+    assert (placed.device.type, placed.precision.products) == ("cpu", torch.float32) and "no GPU is present" in str(
+        placed
+    )
+    assert devices.place("cpu", "bfloat16").precision.products == torch.bfloat16
     with pytest.raises(ParameterError, match="'cuda' was asked for, but PyTorch sees no GPU"):
         devices.place("cuda")
     with pytest.raises(ParameterError, match="dtype: found 'fp8'"):
@@ -229,7 +235,7 @@ def test_a_gpu_runs_in_bfloat16_only_where_it_has_it(monkeypatch, capability, dt
     fake.get_device_capability = lambda device: capability
     for name, value in vars(fake).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    assert devices.place().dtype == dtype
+    assert devices.place().precision.products == dtype
 
 
 @pytest.mark.parametrize("device", ["gpu", "warp9"])
@@ -243,7 +249,7 @@ def test_every_gpu_is_taken_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     placed = devices.place(dtype="bfloat16")
     assert placed.processes == 4 and str(placed) == "4 x cuda, bfloat16 (4 GPUs are present)"
-    assert placed.of_rank(2) == devices.Placement(torch.device("cuda:2"), torch.bfloat16, placed.reason)
+    assert placed.of_rank(2) == replace(placed, device=torch.device("cuda:2"), processes=1)
     assert devices.place("cuda", "bfloat16").processes == devices.place("cuda:3", "bfloat16").processes == 1
     assert devices.place("cpu").of_rank(1) == devices.place("cpu")
 
@@ -303,8 +309,8 @@ def test_one_block_that_does_not_fit_is_an_error_that_says_what_to_do(checkpoint
 
 def test_resident_layers_are_read_once_for_all_passes(checkpoint, blocks, cpu, monkeypatch):
     read = []
-    layer = Checkpoint.layer
-    monkeypatch.setattr(Checkpoint, "layer", lambda self, i, *a: read.append(i) or layer(self, i, *a))
+    read_layer = Weights._read
+    monkeypatch.setattr(Weights, "_read", lambda self, i: read.append(i) or read_layer(self, i))
     opened = Weights(checkpoint, cpu)
     first, second = (forward.score(opened, blocks, keep_sets=k, progress=False) for k in (keep_masks(1, 4), [None]))
     assert read == list(range(world.LAYERS))

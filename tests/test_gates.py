@@ -1,15 +1,18 @@
 """Verdicts on hand-made results at, just under and just over each limit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_results import random_tokens
 
-from eaftlib.errors import ParameterError
+from eaftlib.errors import ParameterError, ResultError
 from eaftlib.evaluation import gates as module
+from eaftlib.evaluation.compare import Delta
 from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows
-from eaftlib.evaluation.results import SCHEMA, Result
+from eaftlib.evaluation.results import Result
+from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.evaluation.statistics import aggregate
 
 FILE = Path(__file__).parents[1] / "params" / "gates" / "near-lossless-v1.json"
@@ -141,14 +144,66 @@ def test_divergence_gate(gates, moved):
 def test_divergence_above_the_limit_by_no_more_than_its_floor_decides_nothing(
     gates, monkeypatch, js2d, floor, expected
 ):
-    from dataclasses import replace
-
     compare = module.compare
     monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), js2d=js2d, js2d_floor=floor))
     verdict = judge(result("c"), result("b"), gates)
     assert verdict.status == expected
     if expected == "UNDECIDED":
         assert "too few tokens to decide" in verdict.reasons[0] and f"{floor:.4f}" in verdict.reasons[0]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("gate, changes", [
+    ("dPPL", {"ppl": Delta(NAN, None)}),
+    ("dCC", {"cc": Delta(NAN, (0.0, 0.0))}),
+    ("d mean p", {"mean_prob": Delta(NAN, None)}),
+    ("JS2D", {"js2d": NAN, "js2d_floor": 0.0}),
+    ("JS2D", {"js2d": NAN, "js2d_floor": NAN}),
+    ("JS2D", {"js2d": 0.03, "js2d_floor": NAN}),
+])  # fmt: skip
+def test_a_value_that_is_no_number_never_passes(gates, monkeypatch, gate, changes):
+    compare = module.compare
+    monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), **changes))
+    verdict = judge(result("c"), result("b"), gates)
+    assert verdict.status == "FAIL" and {c.status for c in verdict.checks if c.gate == gate} == {"FAIL"}
+    assert all(c.status == "PASS" for c in verdict.checks if c.gate != gate)
+
+
+@pytest.mark.parametrize("name", sorted(module.LIMITS))
+def test_a_limit_that_is_no_number_never_passes(gates, name):
+    broken = Gates("x", "UNION", SEQ_LENS, gates.limits | {name: NAN})
+    assert judge(result("c"), result("b"), broken).status == "FAIL"
+
+
+@pytest.mark.parametrize("interval", [(NAN, NAN), (NAN, 0.1), (-0.1, NAN), (-0.3, 0.1), (0.1, 0.3)])
+def test_a_pass_whose_interval_is_not_within_the_limit_says_so(gates, monkeypatch, interval):
+    compare = module.compare
+    monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), ppl=Delta(0.0, interval)))
+    verdict = judge(result("c"), result("b"), gates)
+    assert verdict.status == "PASS" and "dPPL at 1024 passes, but its interval [" in verdict.reasons[0]
+
+
+def test_an_empty_histogram_is_an_error_and_no_pass(gates):
+    empty = result("c", hist2d_x_H=histogram({}))
+    with pytest.raises(ResultError, match="JS2D of c and b on UNION at 1024: a histogram is empty"):
+        judge(empty, result("b"), gates)
+
+
+@pytest.mark.parametrize("found, expected, reasons", [
+    ("bfloat16", "float32", ("scored in bfloat16, the baseline in float32",)),
+    ("float32", "bfloat16", ("scored in float32, the baseline in bfloat16",)),
+    ("float32", "float32", ()),
+    (None, "float32", ()),
+    ("float32", None, ()),
+    (None, None, ()),
+])  # fmt: skip
+def test_a_candidate_scored_in_another_type_is_marked(gates, found, expected, reasons):
+    candidate, baseline = (
+        result(label, meta={"dtype": dtype} if dtype else {}) for label, dtype in (("c", found), ("b", expected))
+    )
+    assert judge(candidate, baseline, gates).reasons == reasons
 
 
 def test_a_small_evaluation_cannot_decide(gates):
@@ -230,6 +285,8 @@ def rewritten(tmp_path, change):
         (lambda c: c.update(schema="x"), "'x'"),
         (lambda c: c["limits"].pop("js2d"), "js2d"),
         (lambda c: c["limits"].update(new=1), "new"),
+        (lambda c: c["limits"].update(js2d=float("nan")), "finite"),
+        (lambda c: c["limits"].update(js2d="0.02"), "finite"),
         (lambda c: c.pop("limits"), "limits"),
         (lambda c: c.pop("primary_pack"), "primary_pack"),
         (lambda c: c.update(primary_seq_lens=[]), "primary_seq_lens"),

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,19 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from eaftlib.engine import experts, forward, weights
+from eaftlib.engine import experts, forward, traversal, weights
 from eaftlib.engine import placement as devices
 from eaftlib.engine.attention import attention_with_sinks
+from eaftlib.engine.traversal import Traversal
+from eaftlib.engine.variants import Variant
 from eaftlib.engine.weights import Weights
+from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
-from eaftlib.model import mxfp4
+from eaftlib.kernels.fused import expert_activation, expert_combination
+from eaftlib.kernels.fused import mxfp4 as fused_mxfp4
+from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +73,7 @@ def test_token_statistics_at_the_full_vocabulary(name, target):
         "smallest": z.argmin(-1),
         "last": torch.tensor([CONFIG.vocab_size - 1], device="cuda"),
     }
-    nll, entropy = statistics.token_statistics(z, at[target], 20)
+    nll, entropy = fused_statistics.token_statistics(z, at[target], 20)
     exact = z.double()
     truth = torch.logsumexp(exact, -1) - exact[0, at[target]]
     plain = torch.logsumexp(z, -1) - z[0, at[target]]
@@ -80,7 +87,7 @@ def test_rounding_logits_to_bfloat16_would_not_do():
     z = normal(64, CONFIG.vocab_size, std=4.0, dtype=torch.float32)
     target = z.argmax(-1)
     truth = (z.double().gather(1, target[:, None])[:, 0] - torch.logsumexp(z.double(), -1)).exp()
-    ours, rounded = ((-statistics.token_statistics(x, target, 20)[0]).exp() for x in (z, z.bfloat16().float()))
+    ours, rounded = ((-fused_statistics.token_statistics(x, target, 20)[0]).exp() for x in (z, z.bfloat16().float()))
     assert (ours - truth).abs().max() < 1e-6 and (rounded - truth).abs().max() > 1e-3
 
 
@@ -89,7 +96,7 @@ def test_logits_and_statistics_at_full_shape():
     hidden, head = normal(333, CONFIG.hidden_size, seed=1), normal(CONFIG.vocab_size, CONFIG.hidden_size, std=0.02)
     targets = torch.randint(CONFIG.vocab_size, (333,), device="cuda")
     logits = statistics.logits_of(hidden, head)
-    nll, entropy = statistics.token_statistics(logits, targets, 20)
+    nll, entropy = fused_statistics.token_statistics(logits, targets, 20)
     exact = torch.cat([h.double() @ head.double().T for h in hidden.split(64)])
     assert (logits - exact).abs().max() < 1e-4
     for z, error in ((logits.double(), 4e-6), (exact, 5e-5)):
@@ -111,8 +118,8 @@ def test_experts_at_full_shape():
     x = normal(tokens, h, seed=3)
     ids = torch.rand(tokens, e - 3, device="cuda").topk(4).indices + 1  # experts 0, 30 and 31 get no token
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).bfloat16()
-    found = experts._all_at_once(module, x, ids, gates, True)
-    plain = experts._one_by_one(module, x, ids, gates, True)
+    found = experts.grouped(module, x, ids, gates, True, expert_activation.activate, expert_combination.combine)
+    plain = experts.by_expert(module, x, ids, gates, True)
     outputs = torch.zeros(tokens, 4, h, device="cuda", dtype=torch.float64)
     for j in range(e):
         token, place = (ids == j).nonzero(as_tuple=True)
@@ -169,7 +176,7 @@ def test_decode_at_full_shape_is_bit_equal_to_the_cpu(dtype):
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(256, (2, 5760, 90, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(100, 140, (2, 5760, 90), dtype=torch.uint8, generator=generator)
-    found = mxfp4.decode(blocks.cuda(), scales.cuda(), dtype)
+    found = fused_mxfp4.decode(blocks.cuda(), scales.cuda(), dtype)
     assert torch.equal(found.cpu(), mxfp4.decode(blocks, scales, dtype))
 
 
@@ -183,7 +190,15 @@ def demo():
 
 @pytest.fixture(scope="module")
 def demo_blocks(demo):
-    return pack_blocks(PackSource(str(DEMO / "packs")), UNION, demo.tokenizer, seq_len=512, num_blocks=24, rows="eval")
+    return pack_blocks(
+        PackSource(str(DEMO / "packs")),
+        UNION,
+        demo.tokenizer,
+        demo.family.completion_spans,
+        seq_len=512,
+        num_blocks=24,
+        rows="eval",
+    )
 
 
 def most_of(checkpoint):
@@ -193,19 +208,19 @@ def most_of(checkpoint):
 
 
 def run(checkpoint, blocks, dtype, limit=None, keep_sets=None):
-    placement = devices.Placement(torch.device("cuda:0"), dtype, "test", limit)
+    placement = replace(devices.place("cuda", dtype), max_bytes=limit)
     opened = Weights(checkpoint, placement)
     return forward.score(opened, blocks, keep_sets=keep_sets or [None, most_of(checkpoint)], progress=False), opened
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gpu_and_cpu_agree(demo, demo_blocks, dtype):
     keep_sets = [None, most_of(demo)]
-    cpu = Weights(demo, devices.Placement(torch.device("cpu"), torch.float32, "test"))
+    cpu = Weights(demo, devices.place("cpu", "float32"))
     expected = forward.score(cpu, demo_blocks, keep_sets=keep_sets, progress=False).variants
     found = run(demo, demo_blocks, dtype)[0].variants
     for a, b in zip(found, expected, strict=True):
-        if dtype == torch.float32:
+        if dtype == "float32":
             np.testing.assert_allclose(a.nll, b.nll, rtol=1e-3, atol=1e-3)
             np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-3)
         assert np.exp(a.nll.mean()) == pytest.approx(np.exp(b.nll.mean()), rel=0.005)
@@ -213,15 +228,15 @@ def test_gpu_and_cpu_agree(demo, demo_blocks, dtype):
         assert a.same_top1.mean() == pytest.approx(b.same_top1.mean(), abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("waiting", ["on the device", "in host memory"])
 def test_streamed_equals_resident_token_by_token(demo, demo_blocks, monkeypatch, dtype, waiting):
-    monkeypatch.setitem(forward.MICRO_BATCH_TOKENS, "cuda", 5 * 512)  # 5 micro-batches, the last one smaller
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 5 * 512)  # 5 micro-batches, the last one smaller
     expected, opened = run(demo, demo_blocks, dtype)
     assert opened.resident
     monkeypatch.setattr(weights, "RESIDENT_SHARE", 0.0)
     if waiting == "in host memory":
-        monkeypatch.setattr(forward, "DEVICE_SHARE", 0.0)
+        monkeypatch.setattr(traversal, "DEVICE_SHARE", 0.0)
     found, opened = run(demo, demo_blocks, dtype)
     assert not opened.resident
     for a, b in zip(found.variants, expected.variants, strict=True):
@@ -231,11 +246,11 @@ def test_streamed_equals_resident_token_by_token(demo, demo_blocks, monkeypatch,
 
 
 def test_recording_experts_changes_nothing_and_agrees_with_the_cpu(demo, demo_blocks):
-    gpu = Weights(demo, devices.Placement(torch.device("cuda:0"), torch.float32, "test"))
+    gpu = Weights(demo, devices.place("cuda", "float32"))
     plain = forward.score(gpu, demo_blocks, progress=False)
     found = forward.score(gpu, demo_blocks, record_experts=True, progress=False)
     np.testing.assert_array_equal(plain.variants[0].nll, found.variants[0].nll)
-    cpu = Weights(demo, devices.Placement(torch.device("cpu"), torch.float32, "test"))
+    cpu = Weights(demo, devices.place("cpu", "float32"))
     expected = forward.score(cpu, demo_blocks, record_experts=True, progress=False).experts
     same = found.experts.expert == expected.expert
     assert same.float().mean() > 0.9999  # a tie between router logits may fall either way
@@ -247,8 +262,8 @@ def test_recording_experts_changes_nothing_and_agrees_with_the_cpu(demo, demo_bl
 def test_bfloat16_records_what_float32_records(demo, demo_blocks):
     """Sums over tokens, as criteria take them: the kernels measure the pairs they claim to."""
     sums = []
-    for dtype in (torch.float32, torch.bfloat16):
-        opened = Weights(demo, devices.Placement(torch.device("cuda:0"), dtype, "test"))
+    for dtype in ("float32", "bfloat16"):
+        opened = Weights(demo, devices.place("cuda", dtype))
         trace = forward.score(opened, demo_blocks, record_experts=True, progress=False).experts
         total = torch.zeros(demo.num_layers, demo.num_experts, dtype=torch.float64)
         mass = (trace.gate * trace.norm).double().flatten(1)
@@ -258,8 +273,8 @@ def test_bfloat16_records_what_float32_records(demo, demo_blocks):
 
 @pytest.mark.parametrize("share", [weights.RESIDENT_SHARE, 0.0], ids=["resident", "streamed"])
 def test_too_little_memory_halves_the_micro_batch_and_goes_on(demo, demo_blocks, monkeypatch, share):
-    expected, _ = run(demo, demo_blocks, torch.bfloat16)
-    monkeypatch.setitem(forward.MICRO_BATCH_TOKENS, "cuda", 24 * 512)
+    expected, _ = run(demo, demo_blocks, "bfloat16")
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 24 * 512)
     monkeypatch.setattr(weights, "RESIDENT_SHARE", share)
     for extra in range(200, 40, -20):  # MB; the first limit that is too low for all blocks at once
         torch.cuda.empty_cache()
@@ -267,7 +282,7 @@ def test_too_little_memory_halves_the_micro_batch_and_goes_on(demo, demo_blocks,
         limit = torch.cuda.memory_reserved() + extra * 1_000_000
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            found, opened = run(demo, demo_blocks, torch.bfloat16, limit)
+            found, opened = run(demo, demo_blocks, "bfloat16", limit)
         if warned:
             break
     assert re.search(r"ran out of memory: going on with \d+ blocks of 512", str(warned[0].message))
@@ -287,9 +302,9 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
     from eaftlib.pruning.trace import record
 
     source = PackSource(str(DEMO / "packs"))
-    cpu = devices.Placement(torch.device("cpu"), torch.float32, "test")
+    cpu = devices.place("cpu", "float32")
     gpu = devices.place("cuda")
-    calibration = pack_blocks(source, UNION, demo.tokenizer, seq_len=512, num_blocks=16, rows="calib")
+    calibration = pack_blocks(source, UNION, demo.tokenizer, completion_spans, seq_len=512, num_blocks=16, rows="calib")
     trace, _ = record(demo, calibration, gpu, progress=False)
     sums = expert_sums(trace, np.ones(len(trace.nll)))
     write_ranking(tmp_path, ranking_of(trace, sums, ["reap_mass"], settings={}, seed=0), sums)
@@ -310,3 +325,54 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
         ppl.append([e["model"]["ppl"] for r in (base, *candidates) for e in r.entries.values()])
     assert verdicts[0] == verdicts[1] and verdicts[0][-1] == gates.FAIL
     np.testing.assert_allclose(ppl[1], ppl[0], rtol=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plain_backend_can_be_forced_and_agrees(demo, demo_blocks, dtype):
+    fused, opened = run(demo, demo_blocks, dtype)
+    assert opened.backend.name == "fused"
+    opened = Weights(demo, devices.place("cuda", dtype, backend="plain"))
+    assert opened.backend.name == "plain"
+    plain = forward.score(opened, demo_blocks, keep_sets=[None, most_of(demo)], progress=False)
+    for a, b in zip(fused.variants, plain.variants, strict=True):
+        if dtype == "float32":
+            np.testing.assert_allclose(a.nll, b.nll, rtol=1e-3, atol=1e-3)
+        assert np.exp(a.nll.mean()) == pytest.approx(np.exp(b.nll.mean()), rel=0.005)
+
+
+def gradients(demo, blocks, placement):
+    """Of the summed NLL of kept tokens, for routers, norms, biases and attention of a pruned demo model."""
+    opened = Weights(demo, placement, training=True)
+    parts = ("router", "_bias", "norm", "self_attn")
+    names = [name for name in demo.names if any(part in name for part in parts)]
+    changed = {n: demo.tensor(n).to(opened.device, torch.float32).requires_grad_() for n in names}
+    tokens, kept = (torch.from_numpy(x).to(opened.device) for x in (blocks.tokens, blocks.kept))
+
+    def loss(ids, hidden):
+        ids = ids.to(opened.device)
+        wanted = kept[ids][:, 1:]
+        logits = hidden[:, :-1][wanted] @ opened.lm_head.to(hidden.dtype).T
+        return torch.nn.functional.cross_entropy(logits.float(), tokens[ids][:, 1:][wanted].long(), reduction="sum")
+
+    for _ in Traversal(opened, blocks, [Variant(opened, most_of(demo), changed)]).backward(loss):
+        pass
+    return {name: value.grad.cpu() for name, value in changed.items()}, opened
+
+
+@pytest.mark.parametrize("waiting", ["on the device", "in host memory"])
+def test_gradients_streamed_are_those_of_resident_layers_and_of_the_cpu(demo, demo_blocks, monkeypatch, waiting):
+    with torch.inference_mode(False):
+        few = replace(demo_blocks, tokens=demo_blocks.tokens[:6], kept=demo_blocks.kept[:6])
+        monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 2 * 512)
+        resident, opened = gradients(demo, few, devices.place("cuda", "float32"))
+        assert opened.resident
+        on_cpu, _ = gradients(demo, few, devices.place("cpu"))
+        monkeypatch.setattr(weights, "RESIDENT_SHARE", 0.0)
+        if waiting == "in host memory":
+            monkeypatch.setattr(traversal, "DEVICE_SHARE", 0.0)
+        streamed, opened = gradients(demo, few, devices.place("cuda", "float32"))
+        assert not opened.resident
+    for name, expected in resident.items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(streamed[name], expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: n + m)
+        assert relative_error(expected, on_cpu[name].double()) < 2e-2, name

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import world
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -188,6 +189,17 @@ def test_a_keep_set_says_how_it_was_chosen(checkpoint, ranking_folder, blocks):
 def test_the_ranking_of_another_model_is_refused(tmp_path, ranking_folder):
     other = Checkpoint(str(world.write_checkpoint(tmp_path / "other", world.state_dict(seed=1))))
     with pytest.raises(ResultError, match=r"was made from .*tiny-gpt-oss .*, not from .*other"):
+        from_ranking(other, ranking=ranking_folder, criterion="reap", keep_n=4)
+
+
+def test_the_ranking_of_a_model_with_other_experts_is_refused(tmp_path, ranking_folder):
+    """The routers are the same: they choose among experts that have changed places."""
+    state = world.state_dict()
+    for kind in ("blocks", "scales", "bias"):
+        name = f"model.layers.2.mlp.experts.gate_up_proj_{kind}"
+        state[name] = state[name][torch.tensor([1, 0, *range(2, world.EXPERTS)])]
+    other = Checkpoint(str(world.write_checkpoint(tmp_path / "other", state)))
+    with pytest.raises(ResultError, match=r"was made from .*tiny-gpt-oss .*, not from .*other .* Run 01_rank"):
         from_ranking(other, ranking=ranking_folder, criterion="reap", keep_n=4)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaftlib.engine import forward, launch, ranks
+from eaftlib.engine import launch, ranks, traversal
 from eaftlib.engine import placement as devices
 from eaftlib.engine.launch import over_gpus
 from eaftlib.errors import PackError, ScoringError
@@ -23,7 +23,7 @@ from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.trace import record
 from eaftlib.text.packs import PackSource, pack_blocks
 
-TWO = devices.Placement(torch.device("cpu"), torch.float32, "tests", processes=2)
+TWO = replace(devices.place("cpu", "float32"), processes=2)
 
 
 def note(folder, text):
@@ -208,12 +208,14 @@ def same_evaluation(checkpoint, source, folder, alone, shared, **settings):
 
 def test_an_evaluation_is_the_same_shared(checkpoint, source, cpu, tmp_path):
     """More blocks than one micro-batch holds, so that both processes have some."""
-    assert 110 * 40 > forward.MICRO_BATCH_TOKENS["cpu"]
+    assert 110 * 40 > traversal.MICRO_BATCH_TOKENS["cpu"]
     same_evaluation(checkpoint, source, tmp_path, cpu, TWO, seq_lens=[24, 40], num_blocks=110, only=["UNION"])
 
 
 def test_a_ranking_is_the_same_shared(checkpoint, source, cpu):
-    blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=110)
+    blocks = pack_blocks(
+        source, "UNION", checkpoint.tokenizer, checkpoint.family.completion_spans, seq_len=40, num_blocks=110
+    )
     alone, shared = (record(checkpoint, blocks, place, progress=False)[0] for place in (cpu, TWO))
     for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
         np.testing.assert_array_equal(getattr(alone, name), getattr(shared, name))

@@ -124,11 +124,6 @@ def test_an_unknown_parameter_stops_a_notebook_before_any_work(tmp_path):
     assert not (tmp_path / "pruned").exists()
 
 
-def test_the_readme_names_the_commands_that_ci_runs():
-    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    assert "make demo" in readme and "make test" in readme and ci.rstrip().endswith("make test")
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_params_file_fits_its_notebook(path):
     import yaml

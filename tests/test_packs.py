@@ -1,6 +1,8 @@
 """Rows, their order and split, and packing, against plain loops over characters and tokens."""
 
+import collections
 import hashlib
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eaftlib.errors import PackError
+from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import PackSource, overlaps, pack_blocks
 
 
@@ -48,7 +51,7 @@ def stream(rows, tokenizer):
 
 
 def stub(rows):
-    return SimpleNamespace(source="rows in memory", rows=lambda pack, split: iter(rows))
+    return SimpleNamespace(source="rows in memory", parts=lambda pack, split: {pack: iter(rows)})
 
 
 def check_packing(rows, tokenizer, seq_len):
@@ -57,7 +60,7 @@ def check_packing(rows, tokenizer, seq_len):
     num_blocks = len(expected) // seq_len
     scored = [kept and i % seq_len > 0 for i, (_, kept) in enumerate(expected)][: num_blocks * seq_len]
     assume(any(scored))
-    blocks = pack_blocks(stub(rows), "p", tokenizer, seq_len=seq_len, num_blocks=num_blocks)
+    blocks = pack_blocks(stub(rows), "p", tokenizer, completion_spans, seq_len=seq_len, num_blocks=num_blocks)
     assert blocks.tokens.shape == blocks.kept.shape == (num_blocks, seq_len)
     assert blocks.tokens.ravel().tolist() == [token for token, _ in expected[: num_blocks * seq_len]]
     assert blocks.kept.ravel().tolist() == scored
@@ -105,14 +108,16 @@ def test_hand_packed_blocks(tokenizer):
     word = tokenizer("assistant")["input_ids"]
     expected = [start, *word, message, letters["a"], letters["b"], end, eos]
     head = len(word) + 2
-    blocks = pack_blocks(stub([first, second]), "p", tokenizer, seq_len=len(expected) + 1, num_blocks=1)
+    blocks = pack_blocks(
+        stub([first, second]), "p", tokenizer, completion_spans, seq_len=len(expected) + 1, num_blocks=1
+    )
     assert blocks.tokens[0].tolist() == [*expected, start]
     assert np.flatnonzero(blocks.kept[0]).tolist() == [head, head + 1]
     assert blocks.rows_seen == 2
 
 
 def test_rows_seen_and_hash_cover_exactly_the_rows_that_were_cut(source, tokenizer):
-    blocks = pack_blocks(source, "pack_a", tokenizer, seq_len=32, num_blocks=6)
+    blocks = pack_blocks(source, "pack_a", tokenizer, completion_spans, seq_len=32, num_blocks=6)
     rows = [world.conversation(i) for i in range(20)]
     needed = next(n for n in range(1, 21) if len(stream(rows[:n], tokenizer)) >= 32 * 6)
     assert 1 < needed < 20
@@ -121,8 +126,8 @@ def test_rows_seen_and_hash_cover_exactly_the_rows_that_were_cut(source, tokeniz
 
 
 def test_first_blocks_do_not_depend_on_how_many_follow(source, tokenizer):
-    few = pack_blocks(source, "UNION", tokenizer, seq_len=24, num_blocks=3)
-    many = pack_blocks(source, "UNION", tokenizer, seq_len=24, num_blocks=9)
+    few = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=24, num_blocks=3)
+    many = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=24, num_blocks=9)
     assert np.array_equal(few.tokens, many.tokens[:3]) and np.array_equal(few.kept, many.kept[:3])
 
 
@@ -151,6 +156,112 @@ def test_union_of_packs_longer_than_one_read(tmp_path):
     world.write_pack(tmp_path / "b.parquet", short)
     expected = [row for pair in zip(long, short, strict=False) for row in pair] + long[300:]
     assert list(PackSource(str(tmp_path)).rows("UNION")) == expected
+
+
+PARTS = {
+    "a": [world.conversation(i) for i in range(90)],
+    "b": [None, "", world.conversation(100), None, world.conversation(101)],  # finished early
+    "c": [None if i % 7 == 3 else "" if i % 11 == 5 else world.conversation(200 + i) for i in range(70)],
+}
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """Files of one row group, of groups smaller than a read, and of one that ends within a group."""
+    folder = tmp_path_factory.mktemp("grouped")
+    for (name, rows), text, size in zip(PARTS.items(), ("string", "large_string", "string"), (90, 2, 13), strict=True):
+        table = pa.table({"id": range(len(rows)), "text": pa.array(rows, pa.type_for_alias(text))})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=size)
+    return folder
+
+
+def plain_union(folder):
+    columns = [pq.read_table(folder / f"{name}.parquet")["text"].to_pylist() for name in "abc"]
+    longest = max(map(len, columns))
+    return [column[i] for i in range(longest) for column in columns if i < len(column) and column[i]]
+
+
+@pytest.fixture
+def rows_decoded(monkeypatch):
+    """How many rows were taken from the parquet file of so many rows."""
+    decoded = collections.Counter()
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counting(file, *args, **settings):
+        for batch in iter_batches(file, *args, **settings):
+            decoded[file.metadata.num_rows] += len(batch)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    return decoded
+
+
+def test_rows_are_those_of_a_plain_reading(grouped, rows_decoded):
+    source = PackSource(str(grouped))
+    for name, rows in PARTS.items():
+        assert list(source.rows(name)) == [row for row in rows if row]
+    assert rows_decoded == {90: 90, 5: 5, 70: 70}
+    assert list(source.rows("UNION")) == plain_union(grouped)
+
+
+def test_blocks_of_grouped_files_are_cut_from_a_plain_reading(grouped, tokenizer, rows_decoded):
+    rows = plain_union(grouped)
+    expected = stream(rows, tokenizer)
+    blocks = pack_blocks(
+        PackSource(str(grouped)), "UNION", tokenizer, completion_spans, seq_len=64, num_blocks=len(expected) // 64
+    )
+    assert blocks.tokens.ravel().tolist() == [token for token, _ in expected[: blocks.tokens.size]]
+    seen = b"".join(row.encode() + b"\0" for row in rows[: blocks.rows_seen])
+    assert blocks.rows_seen >= len(rows) - 1 and blocks.rows_sha256 == hashlib.sha256(seen).hexdigest()
+    assert rows_decoded == {90: 90, 5: 5, 70: 70}
+
+
+def test_a_pack_of_one_row_group_is_not_held_whole(tmp_path):
+    world.write_pack(tmp_path / "p.parquet", [f"{i} {i * 7919} " * 200 for i in range(20_000)])
+    size = pq.read_metadata(tmp_path / "p.parquet").row_group(0).column(0).total_uncompressed_size
+    rows = PackSource(str(tmp_path)).rows("p")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in itertools.islice(rows, 200)]
+    assert max(held) < 8e6 < size / 4
+
+
+def test_few_characters_are_tokenised_at_once_and_little_past_the_blocks(tokenizer):
+    """Forty rows of 100,000 characters, of which the blocks take two."""
+    row = "<|start|>assistant<|message|>" + "a" * 100_000 + "<|end|>"
+    batches = []
+
+    def counting(texts, **settings):
+        batches.append(sum(map(len, texts)))
+        return tokenizer(texts, **settings)
+
+    counting.eos_token_id = tokenizer.eos_token_id
+    needed = len(stream([row], tokenizer)) + 10
+    pack_blocks(stub([row] * 40), "p", counting, completion_spans, seq_len=needed, num_blocks=1)
+    assert len(batches) == 1 and batches[0] < 4 * len(row)
+
+
+def test_a_pack_that_shows_no_span_yet_is_read_on_to_its_first(tmp_path, tokenizer, rows_decoded):
+    mute = "<|start|>user<|message|>hi<|end|>"
+    world.write_pack(tmp_path / "a.parquet", [world.conversation(i) for i in range(1000)])
+    world.write_pack(tmp_path / "b.parquet", [mute] * 600 + [world.conversation(0)] + [mute] * 400)
+    source = PackSource(str(tmp_path))
+    blocks = pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=200, num_blocks=2)
+    assert blocks.rows_seen < 10
+    assert rows_decoded[1000] <= 512 and 600 < rows_decoded[1001] < 700
+
+
+def test_a_pack_of_a_union_without_a_span_is_named_and_read_once(tmp_path, tokenizer, rows_decoded):
+    world.write_pack(tmp_path / "a.parquet", [world.conversation(i) for i in range(1000)])
+    world.write_pack(tmp_path / "b.parquet", ["<|start|>user<|message|>hi<|end|>"] * 500)
+    source = PackSource(str(tmp_path))
+    with pytest.raises(PackError, match=r"pack b \(rows: all\) of .* no row has an assistant message"):
+        pack_blocks(source, "UNION", tokenizer, completion_spans, seq_len=16, num_blocks=2)
+    assert 0 < rows_decoded[1000] <= 512 and rows_decoded[500] == 500
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    world.write_pack(tmp_path / "packs [1]*" / "p.parquet", ["a"])
+    assert list(PackSource(str(tmp_path / "packs [1]*")).rows("p")) == ["a"]
 
 
 def test_packs_in_subfolders_are_named_by_their_stem(tmp_path):
@@ -230,11 +341,16 @@ def test_too_few_rows_say_how_many_blocks_they_fill(source, tokenizer):
     rows = [world.conversation(200 + i) for i in range(8)]
     filled = len(stream(rows, tokenizer)) // 32
     with pytest.raises(PackError, match=rf"pack pack_c .* fills {filled} blocks of 32 tokens from 8 rows; 500 were"):
-        pack_blocks(source, "pack_c", tokenizer, seq_len=32, num_blocks=500)
+        pack_blocks(source, "pack_c", tokenizer, completion_spans, seq_len=32, num_blocks=500)
 
 
 def test_a_pack_without_assistant_messages_is_refused(tokenizer):
     with pytest.raises(PackError, match="no row has an assistant message"):
         pack_blocks(
-            stub(["<|start|>user<|message|>" + "hi " * 50 + "<|end|>"]), "p", tokenizer, seq_len=8, num_blocks=2
+            stub(["<|start|>user<|message|>" + "hi " * 50 + "<|end|>"]),
+            "p",
+            tokenizer,
+            completion_spans,
+            seq_len=8,
+            num_blocks=2,
         )

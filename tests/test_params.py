@@ -100,11 +100,12 @@ def test_one_keep_set_becomes_arguments_under_the_label():
     expected = KEEP | {"keep_frac": None, "multiple_of": 4, "core_top_m": 0, "keep_super": False}
     assert Evaluate.check(EVALUATE | {"keep_set": KEEP}).keep_sets == {"base": expected}
     assert Evaluate.check(EVALUATE).keep_sets == {"base": None}
+    assert Evaluate.check(EVALUATE | {"label": None}).keep_sets == {"base": None}
 
 
 def test_a_list_of_keep_sets_is_scored_in_its_order():
     entries = [{"label": "whole"}, KEEP | {"label": "half"}, KEEP | {"label": "core", "core_top_m": 2}]
-    found = Evaluate.check(EVALUATE | {"keep_set": entries}).keep_sets
+    found = Evaluate.check(EVALUATE | {"label": None, "keep_set": entries}).keep_sets
     assert list(found) == ["whole", "half", "core"]
     assert found["whole"] is None and found["half"]["keep_n"] == 16 and found["core"]["core_top_m"] == 2
 
@@ -124,8 +125,16 @@ def test_a_list_of_keep_sets_is_scored_in_its_order():
     ],
 )
 def test_incomplete_and_clashing_keep_sets_are_refused(keep_set, word):
+    label = None if isinstance(keep_set, list) else "pruned"
     with pytest.raises(ParameterError, match=word):
-        Evaluate.check(EVALUATE | {"keep_set": keep_set})
+        Evaluate.check(EVALUATE | {"label": label, "keep_set": keep_set})
+
+
+def test_a_label_beside_a_list_and_a_keep_set_without_one_are_refused():
+    with pytest.raises(ParameterError, match=r"label: 'sweep' names nothing beside a list.*set None"):
+        Evaluate.check(EVALUATE | {"label": "sweep", "keep_set": [{"label": "whole"}]})
+    with pytest.raises(ParameterError, match="label: the result of a keep-set needs a name"):
+        Evaluate.check(EVALUATE | {"label": None, "keep_set": KEEP})
 
 
 @pytest.mark.parametrize("keep_set", [KEEP | {"core_topm": 1}, [KEEP | {"label": "a", "core_topm": 1}]])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import os, sys
 import numpy as np, torch
-from eaftlib.engine import placement as devices, forward
+from eaftlib.engine import placement as devices, traversal
 from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.pruning.trace import record
 from eaftlib.model.checkpoint import Checkpoint
@@ -26,13 +26,14 @@ from eaftlib.text.packs import PackSource, pack_blocks
 
 model, packs, out, device, count = sys.argv[1:]
 out += "-" + os.environ.get("RANK", "alone")
-forward.MICRO_BATCH_TOKENS |= {"cpu": 80, "cuda": 80}
+traversal.MICRO_BATCH_TOKENS |= {"cpu": 80, "cuda": 80}
 checkpoint, source = Checkpoint(model), PackSource(packs)
-placement = devices.Placement(torch.device(device), torch.float32, "test")
+placement = devices.place(device, "float32")
 keep = KeepSet(np.tile(np.arange(4), (checkpoint.num_layers, 1)), checkpoint.num_experts, {"criterion": "first", "keep_n": 4})
 evaluation.evaluate(checkpoint, source, placement, {"base": None, "half": keep}, seq_lens=[24, 40], num_blocks=int(count),
                     only=["UNION"], out_dir=out, progress=False)
-blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, seq_len=40, num_blocks=int(count))
+spans = checkpoint.family.completion_spans
+blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, spans, seq_len=40, num_blocks=int(count))
 trace, _ = record(checkpoint, blocks, placement, progress=False)
 from pathlib import Path
 trace.save(Path(out) / "trace.safetensors")

@@ -1,8 +1,22 @@
-"""The report: what it says first, its tables, its files, and earlier result files among new ones."""
+"""The report: what it says first, its tables, its files, and earlier result files among new ones.
+
+golden/report holds results of a small model and two reports on them, written by version 0.1.0 before it had a report model:
+``strict`` with no candidate that passes, ``wide`` with gates at one of two lengths. In its pages every picture is cut down
+to ``<svg/>``. Among the results are one that lacks a length and a token file, and one of the earlier shape.
+"""
 
 import csv
+import gzip
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +24,12 @@ from test_results import random_tokens, write
 
 from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
-from eaftlib.evaluation.gates import Gates
-from eaftlib.report import report
+from eaftlib.evaluation.gates import Gates, read_gates
+from eaftlib.report import folder as report_folder
+from eaftlib.report import model, page, tables
 
+GOLDEN = Path(__file__).parent / "golden" / "report"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 GATES = Gates(
     "test-gates",
     "UNION",
@@ -46,7 +63,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def built(folder):
-    return report.build(results.read_all([str(folder)]), "base", GATES)
+    return model.build(results.read_all([str(folder)]), "base", GATES)
 
 
 def test_the_headline_names_the_smallest_model_that_passes(built):
@@ -57,23 +74,23 @@ def test_the_headline_names_the_smallest_model_that_passes(built):
 
 def test_the_headline_says_when_none_passes(folder):
     strict = replace(GATES, limits=GATES.limits | {"ppl_absolute": 1e-6})
-    built = report.build(results.read_all([str(folder)]), "base", strict)
+    built = model.build(results.read_all([str(folder)]), "base", strict)
     assert built.best is None and built.headline == "None of 2 candidates passes test-gates."
 
 
 def test_a_missing_baseline_is_named(folder):
     with pytest.raises(ResultError, match=r"no result is labelled 'bass'; there are \['base', 'far-16', 'near-24'\]"):
-        report.build(results.read_all([str(folder)]), "bass", GATES)
+        model.build(results.read_all([str(folder)]), "bass", GATES)
 
 
 def test_the_files_agree_with_the_results(built, folder, tmp_path):
-    report.write(built, tmp_path / "out")
+    report_folder.write(built, tmp_path / "out")
     entries = {r.label: r.entries for r in results.read_all([str(folder)])}
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {(r["model"], r["pack"], int(r["seq_len"])): r for r in csv.DictReader(file)}
     assert len(rows) == 9
-    for (model, pack, seq_len), row in rows.items():
-        found, base = entries[model][pack, seq_len]["model"], entries["base"][pack, seq_len]["model"]
+    for (label, pack, seq_len), row in rows.items():
+        found, base = entries[label][pack, seq_len]["model"], entries["base"][pack, seq_len]["model"]
         assert float(row["ppl"]) == pytest.approx(found["ppl"])
         assert float(row["dppl"]) == pytest.approx(found["ppl"] - base["ppl"])
     assert rows["far-16", "UNION", 64]["gate"] == "FAIL" and rows["far-16", "a", 64]["gate"] == ""
@@ -83,7 +100,7 @@ def test_the_files_agree_with_the_results(built, folder, tmp_path):
 
 
 def test_the_page_shows_headline_curve_and_every_model(built, tmp_path):
-    report.write(built, tmp_path)
+    report_folder.write(built, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert built.headline in page and page.count("<svg") == 3 and 'class="FAIL"' in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
@@ -92,20 +109,22 @@ def test_the_page_shows_headline_curve_and_every_model(built, tmp_path):
 
 
 def test_a_label_cannot_inject_markup(built):
-    verdicts = [replace(v, reasons=("<script>alert(1)</script>",)) for v in built.verdicts]
-    assert "<script>" not in report._html(replace(built, verdicts=verdicts))
+    script = "<script>alert(1)</script>"
+    candidates = tuple(replace(c, label=script, reasons=(script,)) for c in built.candidates)
+    rows = tuple(replace(r, label=script, gate=script) for r in built.rows)
+    assert "<script>" not in page.html(replace(built, headline=script, candidates=candidates, rows=rows))
 
 
 def test_the_summary_is_a_table_of_criteria_by_keep_counts(built):
-    text = report.summary(report.verdict_content(built)).splitlines()
+    text = tables.summary(built.content()).splitlines()
     base, near = (
         next(r for r in built.rows if (r.label, r.seq_len, r.pack) == (m, 64, "UNION")) for m in ("base", "near-24")
     )
     assert text[1].split() == ["keep", "24", "keep", "16"]
     name, cell, _ = text[2].split()
     assert name == "reap_mass" and cell.endswith("*")
-    worst = max(c.value for v in built.verdicts if v.label == "near-24" for c in v.checks if c.gate == "dPPL")
-    assert float(cell[:-1]) == pytest.approx(worst, abs=5e-4) and near.model["ppl"] > base.model["ppl"]
+    worst = max(c.value for v in built.candidates if v.label == "near-24" for c in v.checks if c.gate == "dPPL")
+    assert float(cell[:-1]) == pytest.approx(worst, abs=5e-4) and near.ppl > base.ppl
 
 
 def test_an_earlier_result_file_is_compared_and_marked_binned(folder):
@@ -118,7 +137,109 @@ def test_an_earlier_result_file_is_compared_and_marked_binned(folder):
             del entry["rows_sha256"], entry["model"]["blocks"]
     (folder / "old.json").write_text(json.dumps(content))
     path.unlink()
-    built = report.build(results.read_all([str(folder)]), "base", GATES)
+    built = model.build(results.read_all([str(folder)]), "base", GATES)
     old = next(r for r in built.rows if r.label == "old")
     assert old.comparison.binned and old.comparison.ppl.interval is None and old.keep_n is None
-    assert "(binned)" in report.markdown(built) and "no blocks" in report.markdown(built)
+    assert "(binned)" in tables.markdown(built) and "no blocks" in tables.markdown(built)
+
+
+def test_a_candidate_that_shares_no_length_with_the_baseline_is_incomplete(tmp_path):
+    write(tmp_path, "base", {("UNION", 64): random_tokens()}, {"num_experts": 32})
+    write(tmp_path, "other", {("UNION", 128): random_tokens()}, candidate("reap", 24))
+    built = model.build(results.read_all([str(tmp_path)]), "base", GATES)
+    assert built.content()["models"]["other"]["verdict"] == "INCOMPLETE"
+    assert built.content()["models"]["other"]["criterion"] == "reap" and built.curve is None
+    assert "<svg" in page.html(built)
+
+
+@pytest.mark.parametrize("dtype, said", [("bfloat16", True), ("float32", False)])
+def test_a_difference_of_types_is_said_in_verdict_and_notes(folder, dtype, said):
+    tokens = {("UNION", 64): random_tokens(seed=1), ("UNION", 128): random_tokens(seed=2)}
+    write(folder, "base", tokens, {"num_experts": 32, "dtype": "float32"})
+    write(folder, "half-24", tokens, candidate("reap", 24) | {"dtype": dtype})
+    (folder / "near-24.json").unlink(), (folder / "far-16.json").unlink()
+    built = model.build(results.read_all([str(folder)]), "base", GATES)
+    reason, note = "scored in bfloat16, the baseline in float32", "was scored in float32, half-24 in bfloat16."
+    assert (reason in built.candidates[0].reasons) == said
+    for text in (tables.markdown(built), page.html(built)):
+        assert (reason in text) == (note in text) == said
+    assert built.candidates[0].status == "PASS"  # said, not judged
+
+
+def test_a_column_formats_what_it_takes_and_leaves_nothing_empty():
+    column = tables.Column("x", lambda row: row.get("x"), "+.2f")
+    assert (column.text({"x": 1.0}), column.text({"x": None}), column.text({})) == ("+1.00", "", "")
+
+
+def test_importing_the_report_model_loads_no_renderer_and_no_torch():
+    code = "import sys, eaftlib.report.model, eaftlib.report.tables; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "numpy" in loaded and not {"matplotlib", "torch", "transformers", "jinja2", "pandas"} & set(loaded)
+
+
+@pytest.fixture(scope="module")
+def golden_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    for path in (GOLDEN / "results").iterdir():
+        if path.suffix == ".gz":
+            (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        else:
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["strict", "wide"])
+def golden(request, golden_results, tmp_path_factory):
+    """(the golden folder, the folder written now)"""
+    gates = read_gates(GOLDEN / request.param / "gates.json")
+    out = tmp_path_factory.mktemp(request.param)
+    report_folder.write(model.build(results.read_all([str(golden_results)]), "base", gates), out)
+    return GOLDEN / request.param, out
+
+
+def assert_same(found, expected):
+    """Equal text; numbers printed in full may differ by the rounding of another processor's exp and log."""
+    assert NUMBER.split(found) == NUMBER.split(expected)
+    for x, y in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True):
+        in_full = max(len(x), len(y)) >= 15
+        assert x == y or (in_full and math.isclose(float(x), float(y), rel_tol=1e-12, abs_tol=1e-15)), (x, y)
+
+
+@pytest.mark.parametrize("name", ["report.md", "results.csv", "verdict.json"])
+def test_a_report_is_that_of_the_earlier_version(golden, name):
+    assert_same((golden[1] / name).read_bytes().decode(), (golden[0] / name).read_bytes().decode())
+
+
+def test_a_summary_is_that_of_the_earlier_version(golden):
+    text = tables.summary(json.loads((golden[1] / "verdict.json").read_text()))
+    assert text + "\n" == (golden[0] / "summary.txt").read_text()
+
+
+def test_a_page_is_that_of_the_earlier_version_but_for_its_pictures(golden):
+    found = re.sub(r"<svg.*?</svg>", "<svg/>", (golden[1] / "report.html").read_text(), flags=re.DOTALL)
+    assert found == (golden[0] / "report.html").read_text()
+
+
+def test_two_processes_write_the_same_page(golden, golden_results, tmp_path):
+    code = (
+        "import sys; from eaftlib.evaluation import gates, results; from eaftlib.report import model, page; "
+        "found = model.build(results.read_all(sys.argv[1:2]), 'base', gates.read_gates(sys.argv[2])); "
+        "print(page.html(found), end='')"
+    )
+    command = [sys.executable, "-c", code, golden_results, golden[0] / "gates.json"]
+    pages = [
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert pages[0] == pages[1] == (golden[1] / "report.html").read_bytes()
+
+
+def test_a_name_that_a_picture_uses_means_one_thing_in_the_whole_page(golden):
+    """Several pictures share a page, and their marks and clips are named by content."""
+    meanings, used = {}, set()
+    for picture in re.findall(r"<svg.*?</svg>", (golden[1] / "report.html").read_text(), re.DOTALL):
+        used |= set(re.findall(r'(?:href="#|url\(#)([^")]+)', picture))
+        for element in ElementTree.fromstring(picture).iter():
+            element.tail = None
+            meanings.setdefault(element.get("id"), set()).add(ElementTree.tostring(element))
+    assert used and {name: len(meanings[name]) for name in used} == dict.fromkeys(used, 1)

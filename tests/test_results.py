@@ -1,6 +1,8 @@
 """Result files: written whole or not at all, read with every damage named."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ from eaftlib.evaluation import results
 from eaftlib.evaluation.statistics import Tokens, aggregate
 
 META = {"tokenizer_sha256": "t0", "num_blocks": 8, "entropy_topk": 20, "cc_quantile": 0.15, "rows": "eval"}
+META |= {"model_sha256": "m0", "keep_set": None, "dtype": "float32", "eos_token_id": 1}
 
 
 def random_tokens(n=400, num_blocks=8, seed=0):
@@ -28,15 +31,8 @@ def entry(tokens, **changes):
 
 def write(folder, label, tokens, meta=(), **changes):
     """A result of ``tokens`` ((pack, seq_len) -> Tokens) as the library writes it."""
-    packs = {}
-    for (pack, seq_len), part in tokens.items():
-        packs.setdefault(pack, {})[str(seq_len)] = entry(part, **changes)
-    content = {
-        "schema": results.SCHEMA,
-        "meta": META | {"label": label} | dict(meta),
-        "packs": [{"pack": pack, "seq": seq} for pack, seq in packs.items()],
-    }
-    return results.write(folder, label, content, tokens)
+    entries = {key: entry(part, **changes) for key, part in tokens.items()}
+    return results.write(folder, label, META | {"label": label} | dict(meta), entries, tokens)
 
 
 @pytest.fixture
@@ -252,18 +248,35 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
 
 
 @pytest.mark.parametrize(
-    "name, value", [("num_blocks", 4), ("tokenizer_sha256", "t1"), ("model_sha256", "m1"), ("rows", "all")]
+    "name, value",
+    [
+        ("num_blocks", 4),
+        ("tokenizer_sha256", "t1"),
+        ("model_sha256", "m1"),
+        ("rows", "all"),
+        ("dtype", "bfloat16"),
+        ("eos_token_id", 2),
+        ("keep_set", {"criterion": "reap"}),
+        ("entropy_topk", None),
+    ],
 )
 def test_results_of_different_models_or_settings_do_not_become_one(tmp_path, tokens, name, value):
     paths = [str(write(tmp_path / "a", "base", {("a", 64): tokens["a", 64]}))]
     paths.append(str(write(tmp_path / "b", "base", {("UNION", 64): tokens["UNION", 64]}, meta={name: value})))
-    with pytest.raises(ResultError, match="not one model's results"):
+    with pytest.raises(ResultError) as error:
         results.read_all(paths)
+    assert "not one model's results" in str(error.value)
+    assert f"{name} is {value} against {META[name]}. " in str(error.value)
+
+
+def test_importing_results_needs_no_pydantic():
+    program = "import sys; sys.modules['pydantic'] = None; import eaftlib.evaluation.results"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_labels_must_differ(path, tokens):
     write(path.parent / "again", "base", tokens)
-    with pytest.raises(ResultError, match=r"label 'base' occurs in .*again"):
+    with pytest.raises(ResultError, match=r"label 'base' occurs in .*again.*: a at 64 is there 2 times; UNION at 64"):
         results.read_all([str(path), str(path.parent / "again")])
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaftlib.engine import forward
+from eaftlib.engine.backend import Backend
 from eaftlib.engine.weights import Weights
 from eaftlib.errors import CheckpointError
-from eaftlib.model import mxfp4
+from eaftlib.model import writer
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning import slicing
 from eaftlib.pruning.keepsets import KeepSet
@@ -39,8 +40,8 @@ def pruned(checkpoint, keep, tmp_path_factory):
     """The pruned folder, written in several shards and with every decoding forbidden."""
     folder = tmp_path_factory.mktemp("pruned") / "half"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mxfp4, "decode", None)
-        patch.setattr(slicing, "SHARD_BYTES", 100_000)
+        patch.setattr(Backend, "decode", None)
+        patch.setattr(writer, "SHARD_BYTES", 100_000)
         prune(checkpoint, keep, folder, progress=False)
     return folder
 
@@ -81,7 +82,7 @@ def test_the_pruned_checkpoint_scores_as_its_keep_set_does(checkpoint, pruned, k
 
 @pytest.mark.parametrize("shard_bytes", [1, 50_000, 1 << 30])
 def test_keep_all_reproduces_every_tensor_byte_for_byte(checkpoint, model_folder, tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(slicing, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(writer, "SHARD_BYTES", shard_bytes)
     prune(checkpoint, keep_all(checkpoint), tmp_path / "all", progress=False)
     before, after = stored(model_folder), stored(tmp_path / "all")
     assert list(before) == list(after)
@@ -172,7 +173,7 @@ def test_without_space_nothing_is_left_behind(checkpoint, keep, tmp_path, monkey
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_crash_at_the_second_shard_leaves_nothing_behind(checkpoint, keep, tmp_path, monkeypatch, failure):
-    write_shard, written = slicing._write_shard, []
+    write_shard, written = writer._write_shard, []
 
     def failing(*args):
         if written:
@@ -180,8 +181,8 @@ def test_a_crash_at_the_second_shard_leaves_nothing_behind(checkpoint, keep, tmp
         written.append(args)
         write_shard(*args)
 
-    monkeypatch.setattr(slicing, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(slicing, "_write_shard", failing)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(writer, "_write_shard", failing)
     with pytest.raises(type(failure)):
         prune(checkpoint, keep, tmp_path / "out", progress=False)
     assert written and list(tmp_path.iterdir()) == []

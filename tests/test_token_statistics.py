@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eaftlib.kernels.token_statistics import SLICE_BYTES, Reference, logits_of, slice_rows, token_statistics, top_logits
+from eaftlib.kernels.divergence import Reference
+from eaftlib.kernels.token_statistics import SLICE_BYTES, logits_of, slice_rows, token_statistics, top_logits
 
 VOCABS = [20, 21, 64, 1280, 1343, 1344, 2560]  # 64 divides 1280 = 20 groups, 1344 = 21, 2560 = 40
 

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from ..kernels import use_fused
-
 NAME = "sinks_as_keys"
 _ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
 
@@ -27,9 +25,13 @@ class FusedAttention(GptOssAttention):
     Serves whole, unpadded sequences that start at position 0, in half precision.
     """
 
-    @staticmethod
-    def serves(config, device: torch.device, dtype: torch.dtype) -> bool:
-        return use_fused(device) and dtype.itemsize == 2 and config.head_dim in (16, 32, 64, 128)
+    HEAD_DIMS = (16, 32, 64, 128)
+
+    @classmethod
+    def of(cls, stock: GptOssAttention) -> "FusedAttention":
+        """What takes the place of transformers' module in a layer that has no weights yet."""
+        with torch.device("meta"):
+            return cls(stock.config, stock.layer_idx)
 
     def forward(self, hidden_states, position_embeddings, **_):
         """hidden_states [B, S, H], position_embeddings (cos, sin) each [1, S, D / 2] -> ([B, S, H], None)."""

@@ -1,29 +1,34 @@
 """The experts of one layer, computed once, with the numbers that saliency needs taken on the way.
 
-Registered with transformers' experts interface, so its own gpt-oss modules call it. Tokens are sorted by expert. On GPUs
-that have them, grouped products and fused kernels do all experts at once, without the host waiting for the routing;
-elsewhere each expert's rows go through its two projections together, which keeps them in a CPU's cache.
+Registered with transformers' experts interface, so that its own modules call them. Tokens are sorted by expert. ``grouped``
+does all experts at once, without the host waiting for the routing; ``by_expert`` takes each expert's rows through its two
+projections together, which keeps them in a CPU's cache, and has gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from ..kernels import use_fused
 from ..kernels.expert_activation import activate
 from ..kernels.expert_combination import combine
 
-NAME = "measured"
+BY_EXPERT, GROUPED = "measured_by_expert", "measured_grouped"
+
+
+def id_type(num_experts: int) -> torch.dtype:
+    """The smallest integers that hold expert ids and that can be summed over ranks."""
+    return torch.uint8 if num_experts <= 256 else torch.int32
 
 
 @dataclass(frozen=True)
 class ExpertTrace:
     """What the experts did at recorded positions: host tensors [L, R, top_k], rows in order of block and position.
 
-    expert uint8: routed ids. gate float32: router weight after the top-k softmax, g. norm float32: ||f_j(x)||_2, the
-    output before g, biases included. peak float32: the largest absolute element of that output.
+    expert: routed ids, of ``id_type``. gate float32: router weight after the top-k softmax, g. norm float32: ||f_j(x)||_2,
+    the output before g, biases included. peak float32: the largest absolute element of that output.
     """
 
     expert: torch.Tensor
@@ -32,11 +37,11 @@ class ExpertTrace:
     peak: torch.Tensor
 
     @classmethod
-    def empty(cls, layers: int, rows: int, top_k: int, device: torch.device) -> "ExpertTrace":
+    def empty(cls, layers: int, rows: int, top_k: int, num_experts: int, device: torch.device) -> "ExpertTrace":
         """Zeros; in pinned memory where a GPU fills them, so that it need not be waited for."""
         pin, shape = device.type == "cuda", (layers, rows, top_k)
         measures = [torch.zeros(shape, pin_memory=pin) for _ in range(3)]
-        return cls(torch.zeros(shape, dtype=torch.uint8, pin_memory=pin), *measures)
+        return cls(torch.zeros(shape, dtype=id_type(num_experts), pin_memory=pin), *measures)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -59,25 +64,30 @@ class ExpertProbe:
             target.copy_(values[self.rows].to(target.dtype), non_blocking=True)
 
 
-def experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """transformers' experts interface: hidden_states [T, H], ids and weights [T, top_k] -> [T, H].
+def measured(compute: Callable) -> Callable:
+    """A function for transformers' experts interface: hidden_states [T, H], ids and weights [T, top_k] -> [T, H].
 
     If the module carries ``probe``, the routed pairs' measures are recorded there.
     """
-    probe = getattr(self, "probe", None)
-    grouped = use_fused(hidden_states.device) and hidden_states.dtype == torch.bfloat16
-    compute = _all_at_once if grouped else _one_by_one
-    combined, norm, peak = compute(self, hidden_states, top_k_index, top_k_weights, probe is not None)
-    if probe is not None:
-        probe.record(top_k_index, top_k_weights, norm, peak)
-    return combined
+
+    def experts_forward(self, hidden_states, top_k_index, top_k_weights):
+        probe = getattr(self, "probe", None)
+        combined, norm, peak = compute(self, hidden_states, top_k_index, top_k_weights, probe is not None)
+        if probe is not None:
+            probe.record(top_k_index, top_k_weights, norm, peak)
+        return combined
+
+    return experts_forward
 
 
-def _all_at_once(self, hidden_states, top_k_index, top_k_weights, measure):
+def grouped(self, hidden_states, top_k_index, top_k_weights, measure, activate=activate, combine=combine):
+    """(weighted sum [T, H], norms and peaks [T, top_k] or None) by grouped products; activate, combine: of ``kernels``."""
     tokens, top_k = top_k_index.shape
-    expert, order = top_k_index.flatten().to(torch.uint8).sort(stable=True)  # one radix pass
-    ids = torch.arange(self.num_experts, dtype=torch.uint8, device=expert.device)
-    ends = torch.searchsorted(expert, ids, right=True, out_int32=True)
+    ids = id_type(self.num_experts)
+    expert, order = top_k_index.flatten().to(ids).sort(stable=True)  # of bytes: one radix pass
+    ends = torch.searchsorted(
+        expert, torch.arange(self.num_experts, dtype=ids, device=expert.device), right=True, out_int32=True
+    )
     row_of_pair = torch.empty_like(order)
     row_of_pair[order] = torch.arange(len(order), device=order.device)
     gate_up = F.grouped_mm(hidden_states[order // top_k], self.gate_up_proj, offs=ends)
@@ -87,7 +97,8 @@ def _all_at_once(self, hidden_states, top_k_index, top_k_weights, measure):
     return combine(outputs, row_of_pair.view(tokens, top_k), top_k_index, top_k_weights, self.down_proj_bias, measure)
 
 
-def _one_by_one(self, hidden_states, top_k_index, top_k_weights, measure):
+def by_expert(self, hidden_states, top_k_index, top_k_weights, measure):
+    """As ``grouped``, an expert at a time."""
     tokens, top_k = top_k_index.shape
     order = top_k_index.flatten().argsort(stable=True)
     counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
@@ -105,4 +116,4 @@ def _one_by_one(self, hidden_states, top_k_index, top_k_weights, measure):
     return combined, torch.linalg.vector_norm(measured, dim=-1), measured.abs().amax(-1)
 
 
-ExpertsInterface.register(NAME, experts_forward)
+ExpertsInterface.register(BY_EXPERT, measured(by_expert))

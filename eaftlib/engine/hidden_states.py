@@ -9,6 +9,9 @@ class OnDevice:
     def __init__(self, values: list[torch.Tensor]):
         self.values = values
 
+    def empty_like(self) -> "OnDevice":
+        return OnDevice([torch.empty_like(value) for value in self.values])
+
     def prefetch(self, variant: int, rows: slice) -> None:
         pass
 
@@ -30,6 +33,14 @@ class InHostMemory:
         self.values, self.device = values, device
         self._stream = torch.cuda.Stream(device)
         self._coming: dict[tuple, tuple[torch.Tensor, torch.cuda.Event]] = {}
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, variants: int, device: torch.device) -> "InHostMemory":
+        return cls([torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(variants)], device)
+
+    def empty_like(self) -> "InHostMemory":
+        first = self.values[0]
+        return InHostMemory.empty(first.shape, first.dtype, len(self.values), self.device)
 
     def prefetch(self, variant: int, rows: slice) -> None:
         """Start the copy that ``fetch`` of the same rows will wait for."""

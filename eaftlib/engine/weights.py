@@ -1,13 +1,14 @@
 """A checkpoint's weights on one device: every decoded layer where all fit, else one layer while the next is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
+from torch import nn
 
 from ..model.checkpoint import Checkpoint
+from . import backend
 from .placement import Placement, free_bytes, take
 
 RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
@@ -16,52 +17,70 @@ RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
 class Weights:
     """Weights to run blocks through, as often as wanted; what stays on the device stays for all passes.
 
-    resident: whether all decoded layers stay. embedding [V, H] is on the device then, else in host memory.
-    lm_head [V, H], norm and rotary are on the device.
+    training: choose functions with gradients; the weights themselves never require any. resident: whether all decoded
+    layers stay. embedding [V, H] is on the device then, else in host memory. lm_head [V, H], norm and rotary are on the
+    device.
     """
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement):
-        self.checkpoint, self.placement = checkpoint, placement
-        self.device, self.dtype = device, dtype = placement.device, placement.dtype
+    def __init__(self, checkpoint: Checkpoint, placement: Placement, *, training: bool = False):
+        self.checkpoint, self.placement, self.precision = checkpoint, placement, placement.precision
+        self.device, self.family = placement.device, checkpoint.family
+        self.backend = backend.resolve(placement, checkpoint.config, training)
+        self._config = self.backend.configure(checkpoint.config)
         take(placement)
-        free = free_bytes(device, placement.max_bytes)
-        self.resident = decoded_bytes(checkpoint, dtype) <= RESIDENT_SHARE * free
-        self.rotary = checkpoint.rotary(device)
-        self.norm = checkpoint.final_norm(device, dtype)
-        # A CPU has no product of half-precision inputs into float32 logits, so its head is converted, once.
-        self.lm_head = checkpoint.lm_head(device, torch.float32 if device.type == "cpu" else dtype)
-        self.embedding = checkpoint.embedding(device if self.resident else torch.device("cpu"), dtype)
-        self._kept: list[GptOssDecoderLayer] = []
+        free = free_bytes(self.device, placement.max_bytes)
+        self.resident = decoded_bytes(checkpoint, self.precision.products) <= RESIDENT_SHARE * free
+        self.rotary = self.family.build_rotary(checkpoint.config).to(self.device)
+        self.norm = self._final_norm()
+        tied = checkpoint.config.tie_word_embeddings
+        head = self.family.embedding if tied else self.family.lm_head
+        self.lm_head = checkpoint.tensor(head).to(self.device, self.precision.head)
+        waits_on = self.device if self.resident else torch.device("cpu")
+        self.embedding = checkpoint.tensor(self.family.embedding).to(waits_on, self.precision.residual)
+        self._kept: dict[int, nn.Module] = {}
 
-    def layers(self) -> Iterator[tuple[int, GptOssDecoderLayer]]:
+    def layers(self, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """(index, layer) in order. A streamed layer is only valid until the next one is asked for: drop it before."""
-        count = self.checkpoint.num_layers
-        if len(self._kept) == count:
-            yield from enumerate(self._kept)
+        order = range(self.checkpoint.num_layers)[:: -1 if backwards else 1]
+        if len(self._kept) == len(order):
+            yield from ((index, self._kept[index]) for index in order)
             return
         self._kept.clear()
-        for index, layer in enumerate(
-            self._read_ahead() if self.device.type == "cuda" else map(self._read, range(count))
-        ):
+        indices = iter(order)
+        for layer in self._read_ahead(order) if self.device.type == "cuda" else map(self._read, order):
+            index = next(indices)  # zip and enumerate would hold on to the layer that they gave last
             if self.resident:
-                self._kept.append(layer)
+                self._kept[index] = layer
             yield index, layer
             del layer  # a streamed layer goes before the next one is decoded
 
-    def router_bias(self, layer: int, keep: np.ndarray | None) -> torch.Tensor:
-        """[E]; minus infinity where ``keep`` bool [num_layers, num_experts] is false, so that no token is routed there."""
-        bias = self.checkpoint.tensor(f"model.layers.{layer}.mlp.router.bias").to(self.device, self.dtype)
-        return bias if keep is None else bias.masked_fill(~torch.from_numpy(keep[layer]).to(self.device), float("-inf"))
+    def _final_norm(self) -> nn.Module:
+        norm = self.family.build_final_norm(self.checkpoint.config)
+        norm.weight.data = self.checkpoint.tensor(self.family.final_norm)
+        return norm.to(self.device, self.precision.products).requires_grad_(False)
 
-    def _read(self, index: int) -> GptOssDecoderLayer:
-        with torch.inference_mode():
-            return self.checkpoint.layer(index, self.device, self.dtype)
+    @torch.no_grad()
+    def _read(self, index: int) -> nn.Module:
+        layer = self.family.build_layer(self._config, index)
+        self.backend.fit(layer)
+        state = self.family.layer_state(
+            layer, index, self.checkpoint.names, self._fetch, self.backend.decode, self.precision.products
+        )
+        layer.load_state_dict(state, assign=True)
+        return layer.eval().requires_grad_(False)
 
-    def _read_ahead(self) -> Iterator[GptOssDecoderLayer]:
+    def _fetch(self, name: str) -> torch.Tensor:
+        tensor = self.checkpoint.tensor(name)
+        if self.device.type == "cpu":
+            return tensor
+        # From pinned memory a GPU fetches by itself, at full speed and while it computes.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _read_ahead(self, order: Sequence[int]) -> Iterator[nn.Module]:
         """While one layer computes, a thread reads the next one and decodes it on a stream of its own."""
         stream = torch.cuda.Stream(self.device)
 
-        def read(index: int) -> GptOssDecoderLayer:
+        def read(index: int) -> nn.Module:
             with torch.cuda.stream(stream):
                 layer = self._read(index)
             stream.synchronize()
@@ -69,15 +88,15 @@ class Weights:
 
         # A thread begins on the first GPU, whichever one this process has.
         with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(self.device,)) as reader:
-            coming = reader.submit(read, 0)
-            for index in range(self.checkpoint.num_layers):
+            coming = reader.submit(read, order[0])
+            for index, following in zip(order, [*order[1:], None], strict=True):
                 try:
                     layer = coming.result()
                 except torch.OutOfMemoryError:  # no room beside the last layer: read it now that that one is gone
                     torch.cuda.empty_cache()
                     layer = read(index)
-                if index + 1 < self.checkpoint.num_layers:
-                    coming = reader.submit(read, index + 1)
+                if following is not None:
+                    coming = reader.submit(read, following)
                 yield layer
                 del layer
                 # Its memory may be written on the reader's stream next: nothing may be reading it any more.

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ResultError
+from .identity import Identity, Question
 from .results import Result
 from .statistics import cells, conflicts
 
 BOOTSTRAP_DRAWS = 2000
 FLOOR_DRAWS = 20
-_MUST_AGREE = ("rows_seen", "rows_sha256")
-_META_MUST_AGREE = ("num_blocks", "tokenizer_sha256", "entropy_topk", "cc_quantile")
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,22 @@ class Comparison:
     ppl: Delta
     cc: Delta  # conflicts under the baseline's thresholds minus the baseline's own rate
     mean_prob: Delta
-    mean_entropy: Delta
     js2d: float
-    js2d_floor: float  # what chance alone gives: the two models' values swapped at random, token by token
+    js2d_floor: float | None  # what chance alone gives: the models' values swapped at random, token by token
     cc_rate_at_base: float
     binned: bool  # thresholds, conflicts or floor come from histogram bins, not from tokens
     kl_to_base: float | None
     top1_agreement: float | None
 
 
-def compare(candidate: Result, baseline: Result, pack: str, seq_len: int, seed: int = 0) -> Comparison:
-    """Raises ResultError when the two results were not made from the same rows, blocks and tokenizer."""
+def compare(candidate: Result, baseline: Result, pack: str, seq_len: int) -> Comparison:
+    """Raises ResultError when the two results were not made from the same rows, blocks and tokenizer, or one is empty."""
     require_comparable(candidate, baseline, pack, seq_len)
     cand, base = (r.entries[pack, seq_len]["model"] for r in (candidate, baseline))
+    js2d = _js2d(candidate, baseline, pack, seq_len)
     tokens_c, tokens_b = candidate.tokens(pack, seq_len), baseline.tokens(pack, seq_len)
     binned = candidate.binned or baseline.binned or tokens_c is None or tokens_b is None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if binned:
         cc_at_base, cc_base = (
             _binned_conflict_rate(m["hist2d_x_H"], base["p_thr"], base["h_thr"]) for m in (cand, base)
@@ -66,8 +65,7 @@ def compare(candidate: Result, baseline: Result, pack: str, seq_len: int, seed: 
         ppl=Delta(cand["ppl"] - base["ppl"], intervals.get("ppl")),
         cc=Delta(cc_at_base - cc_base, intervals.get("cc")),
         mean_prob=Delta(cand["mean_prob"] - base["mean_prob"], intervals.get("mean_prob")),
-        mean_entropy=Delta(cand["mean_entropy"] - base["mean_entropy"], intervals.get("mean_entropy")),
-        js2d=js_divergence(cand["hist2d_x_H"]["counts"], base["hist2d_x_H"]["counts"]),
+        js2d=js2d,
         js2d_floor=floor,
         cc_rate_at_base=cc_at_base,
         binned=binned,
@@ -81,30 +79,47 @@ def require_comparable(candidate: Result, baseline: Result, pack: str, seq_len: 
     for result in (candidate, baseline):
         if (pack, seq_len) not in result.entries:
             raise ResultError(f"{result.path} has no pack {pack} at seq_len {seq_len}; it has {sorted(result.entries)}")
-    cand, base = candidate.entries[pack, seq_len], baseline.entries[pack, seq_len]
-    facts = [(name, candidate.meta.get(name), baseline.meta.get(name)) for name in _META_MUST_AGREE]
-    facts += [(name, cand.get(name), base.get(name)) for name in _MUST_AGREE]
-    facts += [("kept_tokens", cand["model"]["kept_tokens"], base["model"]["kept_tokens"])]
-    bins = [tuple(e["model"]["hist2d_x_H"][k] for k in ("xbins", "ybins")) for e in (cand, base)]
-    facts += [("histogram bins", *bins)]
-    for name, found, expected in facts:
-        if found is not None and expected is not None and found != expected:
-            raise ResultError(
-                f"{candidate.label} cannot be compared with {baseline.label} on {pack} at {seq_len}: {name} is {found} "
-                f"against {expected}. Evaluate both on the same packs, rows, blocks and tokenizer."
-            )
+    key = {"pack": pack, "seq_len": seq_len}
+    cand, base = (Identity.of(r.meta, r.entries[pack, seq_len] | key) for r in (candidate, baseline))
+    if different := cand.differences(base, Question.COMPARABLE):
+        raise ResultError(
+            f"{candidate.label} cannot be compared with {baseline.label} on {pack} at {seq_len}: "
+            f"{'; '.join(map(str, different))}. Evaluate both on the same packs, rows, blocks and tokenizer."
+        )
 
 
 def js_divergence(counts_a, counts_b) -> float:
-    """Jensen-Shannon divergence in nats, in [0, ln 2], between two histograms of the same cells."""
-    a, b = (np.asarray(c, np.float64) / np.sum(c) for c in (counts_a, counts_b))
+    """Jensen-Shannon divergence in nats, in [0, ln 2], between two histograms of the same cells.
+
+    Raises ResultError when one of them is empty or not finite: it has no shares to compare.
+    """
+    a, b = _shares(counts_a), _shares(counts_b)
     middle = (a + b) / 2
 
     def kl(x):
         used = x > 0
         return float(np.sum(x[used] * np.log(x[used] / middle[used])))
 
-    return max(0.0, (kl(a) + kl(b)) / 2)
+    return max(0.0, (kl(a) + kl(b)) / 2)  # rounding alone can put equal histograms below zero
+
+
+def _shares(counts) -> np.ndarray:
+    counts = np.asarray(counts, np.float64)
+    total = counts.sum()
+    if not 0 < total < np.inf:
+        raise ResultError(f"a histogram is empty or not finite: its {counts.size} counts sum to {total:g}")
+    return counts / total
+
+
+def _js2d(candidate: Result, baseline: Result, pack: str, seq_len: int) -> float:
+    """Divergence of the two (p, H) histograms."""
+    counts = [r.entries[pack, seq_len]["model"]["hist2d_x_H"]["counts"] for r in (candidate, baseline)]
+    try:
+        return js_divergence(*counts)
+    except ResultError as cause:
+        raise ResultError(
+            f"JS2D of {candidate.label} and {baseline.label} on {pack} at {seq_len}: {cause}. Evaluate again."
+        ) from cause
 
 
 def swap_floor(cells_a: np.ndarray, cells_b: np.ndarray, rng: np.random.Generator) -> float:
@@ -150,7 +165,6 @@ def _intervals(cand: dict | None, base: dict | None, cc_blocks: np.ndarray | Non
     differences = {
         "ppl": np.exp(mean(cand["nll_sum"])) - np.exp(mean(base["nll_sum"])),
         "mean_prob": mean(cand["prob_sum"]) - mean(base["prob_sum"]),
-        "mean_entropy": mean(cand["entropy_sum"]) - mean(base["entropy_sum"]),
     }
     if cc_blocks is not None:
         differences["cc"] = mean(cc_blocks) - mean(base["conflicts"])

@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import MANIFEST, checkpoint_sizes
 from ..text.packs import Blocks, PackSource, pack_blocks
 from . import results
+from .identity import Identity, Question, input_sha256
 from .statistics import Tokens, aggregate
 
 
@@ -46,20 +47,22 @@ def evaluate(
     the very same has finished is not repeated. Returns the JSON paths.
     """
     out_dir = Path(out_dir)
+    _require_file_names(keep_sets)
     forward.check_request(checkpoint, seq_lens, entropy_topk)
+    packs = list(only) if only is not None else source.names
+    # Packing comes first: a pack that is missing or too short is found before any weight is read.
+    spans = checkpoint.family.completion_spans
+    jobs = [
+        pack_blocks(source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=num_blocks, rows=rows)
+        for pack in packs
+        for length in seq_lens
+    ]
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
     settings |= {"gpu_name": gpu and ", ".join(sorted(set(ranks.gather(gpu))))}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
-    _check_labels(out_dir, metas)
-    packs = list(only) if only is not None else source.names
-    # Packing comes first: a pack that is missing or too short is found before any weight is read.
-    jobs = [
-        pack_blocks(source, pack, checkpoint.tokenizer, seq_len=length, num_blocks=num_blocks, rows=rows)
-        for pack in packs
-        for length in seq_lens
-    ]
+    _require_same_models(out_dir, metas)
     masks = [keep and keep.mask for keep in keep_sets.values()]
     finished = {label: _finished(out_dir / f"{label}.json", meta) for label, meta in metas.items()}
     entries, tokens = ({label: pair[i] for label, pair in finished.items()} for i in (0, 1))
@@ -75,8 +78,7 @@ def evaluate(
             tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
             entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
             # Written after every pass: what is done survives a crash in the next one.
-            content = {"schema": results.SCHEMA, "meta": metas[label], "packs": _by_pack(entries[label])}
-            results.write(out_dir, label, content, tokens[label])
+            results.write(out_dir, label, metas[label], entries[label], tokens[label])
     return [out_dir / f"{label}.json" for label in keep_sets]
 
 
@@ -90,7 +92,7 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
     if not path.is_file() or not results.tokens_path(path).is_file():
         return entries, tokens
     old = results.read(path)
-    if any(old.meta.get(name) != value for name, value in meta.items() if name != "seq_lens"):
+    if Identity.of(old.meta).differences(Identity.of(meta), Question.RESUMABLE):
         return entries, tokens
     stored = results.read_tokens(results.tokens_path(path))
     for key, entry in old.entries.items():
@@ -109,11 +111,12 @@ def _left(jobs: Sequence[Blocks], entries: dict[str, dict], progress: bool) -> d
     return left
 
 
-def _is_left(blocks: Blocks, finished: Iterable[dict]) -> bool:
-    """Whether a pass has to be made: on some rank, some model lacks it, or has it of other rows."""
-    key = (blocks.pack, blocks.seq_len)
-    there = all(key in entries and entries[key]["rows_sha256"] == blocks.rows_sha256 for entries in finished)
-    return bool(ranks.largest(float(not there)))
+def _is_left(blocks: Blocks, finished: Collection[dict]) -> bool:
+    """Whether a pass has to be made: on some rank, some model lacks it, or has it of other rows or tokens."""
+    key, wanted = (blocks.pack, blocks.seq_len), Identity.of(entry=_inputs(blocks))
+    there = [Identity.of(entry=entries[key]) for entries in finished if key in entries]
+    same = [found for found in there if not found.differences(wanted, Question.RESUMABLE)]
+    return bool(ranks.largest(float(len(same) < len(finished))))
 
 
 def _set_aside(paths: list[Path]) -> None:
@@ -131,29 +134,39 @@ def _entry(
     if variant.kl_to_base is not None:
         model["kl_to_base"] = float(variant.kl_to_base.mean(dtype=np.float64))
         model["top1_agreement"] = float(variant.same_top1.mean())
-    return {"rows_seen": blocks.rows_seen, "rows_sha256": blocks.rows_sha256, "model": model}
+    return _inputs(blocks) | {"model": model}
 
 
-def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
-    packs: dict[str, dict] = {}
-    for (pack, length), entry in entries.items():
-        packs.setdefault(pack, {})[str(length)] = entry
-    return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
+def _inputs(blocks: Blocks) -> dict:
+    """What an entry says of the tokens that it was made from."""
+    return {
+        "rows_seen": blocks.rows_seen,
+        "rows_sha256": blocks.rows_sha256,
+        "input_sha256": input_sha256(blocks),
+    }
 
 
-def _check_labels(out_dir: Path, metas: dict[str, dict]) -> None:
-    """A label must name a file, and must not replace another model's result."""
-    for label, meta in metas.items():
+def _require_file_names(labels: Iterable[str]) -> None:
+    for label in labels:
         if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
             raise ParameterError(f"label: found {label!r}; it names files: letters, digits, '_', '.', '+', '-' only")
+
+
+def _require_same_models(out_dir: Path, metas: dict[str, dict]) -> None:
+    """A label must not replace another model's result.
+
+    Which model an earlier version's result is of cannot be told: its ``model_sha256`` covers the routers alone, and it
+    records no EOS token. No run goes on from it; it is set aside.
+    """
+    for label, meta in metas.items():
         path = out_dir / f"{label}.json"
         old = results.read(path).meta if path.is_file() else meta
-        for name in ("model_sha256", "keep_set"):
-            if old.get(name) != meta[name]:
-                raise ResultError(
-                    f"{path} is the result of another model ({name} {old.get(name)}, now {meta[name]}). Choose another "
-                    "label or out_dir, or remove it."
-                )
+        different = Identity.of(old).differences(Identity.of(meta), Question.SAME_MODEL)
+        if different and "eos_token_id" in old:
+            raise ResultError(
+                f"{path} is the result of another model: {'; '.join(map(str, different))}. Choose another label or "
+                "out_dir, or remove it."
+            )
 
 
 def _meta(
@@ -168,6 +181,7 @@ def _meta(
         "model_id": checkpoint.model_id,
         "model_sha256": checkpoint.sha256,
         "tokenizer_sha256": checkpoint.tokenizer_sha256,
+        "eos_token_id": checkpoint.tokenizer.eos_token_id,
         "num_experts": checkpoint.num_experts,
         "top_k": checkpoint.top_k,
         "bytes_total": checkpoint_sizes(checkpoint, keep and keep.keep_n).total,
@@ -177,7 +191,7 @@ def _meta(
         "engine": f"eaftlib {__version__}",
         "code_sha256": project.code_sha256(),
         "device": placement.device.type,
-        "dtype": str(placement.dtype).removeprefix("torch."),
+        "dtype": placement.precision.name,
         "torch": torch.__version__,
         "transformers_version": transformers.__version__,
         "python": platform.python_version(),

@@ -1,7 +1,10 @@
 """Near-lossless gates: limits on what pruning may change, and the verdict on a candidate."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import ParameterError
 from ..files import read_json
@@ -24,7 +27,8 @@ class Gates:
     limits: dict[str, float]
 
     def ppl_limit(self, base_ppl: float) -> float:
-        return min(self.limits["ppl_absolute"], self.limits["ppl_relative"] * base_ppl)
+        """The smaller of the two, NaN if one is: it must not pass for want of a limit."""
+        return float(np.minimum(self.limits["ppl_absolute"], self.limits["ppl_relative"] * base_ppl))
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Verdict:
 
 
 def read_gates(path: str | Path) -> Gates:
-    """Raises ParameterError when the file is not a set of gates with every limit and a primary sequence length."""
+    """Raises ParameterError unless the file is a set of gates with every limit, a number, and a primary sequence length."""
     content = read_json(Path(path), ParameterError, "gates: the project's own are in params/gates/")
     limits = content.get("limits", {})
     complete = {"schema", "name", "primary_pack", "primary_seq_lens", "limits"} <= set(content)
@@ -63,6 +67,8 @@ def read_gates(path: str | Path) -> Gates:
             f"gates: {path} has {content}; expected schema {SCHEMA!r}, a name, a primary_pack, primary_seq_lens and limits "
             f"for {', '.join(LIMITS)}"
         )
+    if not all(isinstance(limit, int | float) and math.isfinite(limit) for limit in limits.values()):
+        raise ParameterError(f"gates: {path} has limits {limits}; expected finite numbers")
     return Gates(content["name"], content["primary_pack"], tuple(content["primary_seq_lens"]), limits)
 
 
@@ -84,6 +90,8 @@ def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
     reasons += [c.reason for c in checks if c.reason]
     if saw_its_rows(candidate):
         reasons.append("its experts may have been chosen on rows that it is judged on")
+    if dtypes_differ(candidate, baseline):
+        reasons.append(f"scored in {candidate.meta['dtype']}, the baseline in {baseline.meta['dtype']}")
     return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
 
 
@@ -99,6 +107,12 @@ def saw_its_rows(result: Result) -> bool:
     return {chosen_by["ranking_rows"], result.meta.get("rows")} != {"calib", "eval"}
 
 
+def dtypes_differ(candidate: Result, baseline: Result) -> bool:
+    """Whether both files say in which type their model ran, and the types differ: part of the difference is rounding."""
+    types = {candidate.meta.get("dtype"), baseline.meta.get("dtype")}
+    return None not in types and len(types) == 2
+
+
 def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float) -> list[Check]:
     limits = gates.limits
     deltas = (
@@ -112,7 +126,7 @@ def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float)
         reason = ""
         if status == FAIL:
             reason = f"{gate} at {seq_len}: {delta.value:+{form}}, limit {limit:{form}}"
-        elif delta.interval and max(map(abs, delta.interval)) > limit:
+        elif delta.interval and not all(abs(end) <= limit for end in delta.interval):  # an end may be NaN
             low, high = delta.interval
             reason = f"{gate} at {seq_len} passes, but its interval [{low:+{form}}, {high:+{form}}] reaches past {limit:{form}}"
         checks.append(Check(gate, seq_len, delta.value, limit, status, reason))

@@ -1,5 +1,6 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,9 @@ import pyarrow.parquet as pq
 
 from ..errors import ResultError
 from ..files import parse_json, read_json, sha256, write_atomically, write_json
+from .identity import Identity, Question
 from .statistics import Tokens
 
-SCHEMA = "eaft-result/1"
-_SAME_EVALUATION = (
-    "model_sha256", "keep_set", "tokenizer_sha256", "rows", "num_blocks", "entropy_topk", "cc_quantile"
-)  # fmt: skip
 _TOKEN_COLUMNS = {
     "pack": pa.dictionary(pa.int8(), pa.string()),
     "seq_len": pa.int32(),
@@ -29,7 +27,7 @@ _TOKEN_COLUMNS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One model's result as read from disk. ``content`` has the file's shape, see the README.
+    """One model's result as read from disk. ``content`` has the file's shape, see docs/metrics.md.
 
     parts: the results it was put together from, where runs of one model at several sequence lengths were merged.
     """
@@ -50,7 +48,7 @@ class Result:
 
     @property
     def entries(self) -> dict[tuple[str, int], dict]:
-        """(pack, seq_len) -> {rows_seen, rows_sha256, model}."""
+        """(pack, seq_len) -> {rows_seen, rows_sha256, input_sha256, model}."""
         return {
             (pack["pack"], int(length)): entry
             for pack in self.content["packs"]
@@ -79,8 +77,15 @@ class Result:
         return _tokens_of(self._token_table, pack, seq_len)
 
 
-def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int], Tokens]) -> Path:
-    """``<label>.tokens.parquet``, then ``<label>.json``: a JSON that exists is complete. Returns its path."""
+def write(
+    out_dir: Path, label: str, meta: dict, entries: dict[tuple[str, int], dict], tokens: dict[tuple[str, int], Tokens]
+) -> Path:
+    """``<label>.tokens.parquet``, then ``<label>.json``: a JSON that exists is complete. Returns its path.
+
+    entries, tokens: by (pack, seq_len), as a Result gives them.
+    """
+    from .schema import SCHEMA
+
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{label}.json"
     tables = []
@@ -96,8 +101,8 @@ def write(out_dir: Path, label: str, content: dict, tokens: dict[tuple[str, int]
         tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _TOKEN_COLUMNS.items()}))
     table = pa.concat_tables(tables).unify_dictionaries()
     write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
-    content = content | {"meta": content["meta"] | {"tokens_sha256": sha256(tokens_path(path))}}
-    write_json(path, content)
+    meta = meta | {"tokens_sha256": sha256(tokens_path(path))}
+    write_json(path, {"schema": SCHEMA, "meta": meta, "packs": _by_pack(entries)})
     return path
 
 
@@ -155,6 +160,13 @@ def tokens_path(result: Path) -> Path:
     return result.with_name(f"{result.stem}.tokens.parquet")
 
 
+def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
+    packs: dict[str, dict] = {}
+    for (pack, length), entry in entries.items():
+        packs.setdefault(pack, {})[str(length)] = entry
+    return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
+
+
 def _tokens_of(table: pa.Table, pack: str, seq_len: int) -> Tokens:
     rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
     return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
@@ -165,20 +177,24 @@ def _merged(parts: list[Result]) -> Result:
     first = parts[0]
     if len(parts) == 1:
         return first
-    keys = [key for part in parts for key in part.entries]
-    apart = len(set(keys)) == len(keys)
-    same = all(part.meta.get(name) == first.meta.get(name) for part in parts for name in _SAME_EVALUATION)
-    if not apart or not same or any(part.binned for part in parts):
+    if problems := _why_apart(parts):
         raise ResultError(
             f"results: label {first.label!r} occurs in {[str(part.path) for part in parts]}, and these are not one model's "
-            "results on different packs or sequence lengths"
+            f"results on different packs or sequence lengths: {'; '.join(problems)}. Give each model a label of its own."
         )
-    packs: dict[str, dict] = {}
-    for part in parts:
-        for (pack, length), entry in part.entries.items():
-            packs.setdefault(pack, {})[str(length)] = entry
-    content = first.content | {"packs": [{"pack": pack, "seq": seq} for pack, seq in packs.items()]}
+    entries = {key: entry for part in parts for key, entry in part.entries.items()}
+    content = first.content | {"packs": _by_pack(entries)}
     return Result(first.path, first.label, content, tuple(parts))
+
+
+def _why_apart(parts: list[Result]) -> list[str]:
+    """What keeps results of one label from becoming one."""
+    problems = [f"{part.path} is of the earlier shape" for part in parts if part.binned]
+    times = Counter(key for part in parts for key in part.entries)
+    problems += [f"{pack} at {length} is there {n} times" for (pack, length), n in times.items() if n > 1]
+    first = Identity.of(parts[0].meta)
+    found = [diff for part in parts[1:] for diff in Identity.of(part.meta).differences(first, Question.MERGEABLE)]
+    return problems + list(map(str, found))
 
 
 def holds_packs(path: Path) -> bool:

@@ -4,8 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from . import results
-
+SCHEMA = "eaft-result/1"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Length = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
@@ -57,6 +56,7 @@ class ModelEntry(_Part):
 class SequenceEntry(_Part):
     rows_seen: Count
     rows_sha256: str | None = None
+    input_sha256: str | None = None
     model: ModelEntry
 
 
@@ -72,10 +72,10 @@ class ResultFile(_Part):
 
     @model_validator(mode="after")
     def _known_schema(self):
-        if self.schema_ not in (None, results.SCHEMA):
-            raise ValueError(f"schema is {self.schema_!r}, expected {results.SCHEMA!r} or none (an earlier file)")
+        if self.schema_ not in (None, SCHEMA):
+            raise ValueError(f"schema is {self.schema_!r}, expected {SCHEMA!r} or none (an earlier file)")
         if self.schema_ and any(
             s.rows_sha256 is None or s.model.blocks is None for p in self.packs for s in p.seq.values()
         ):
-            raise ValueError(f"a file of schema {results.SCHEMA!r} needs rows_sha256 and blocks in every entry")
+            raise ValueError(f"a file of schema {SCHEMA!r} needs rows_sha256 and blocks in every entry")
         return self

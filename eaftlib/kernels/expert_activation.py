@@ -2,8 +2,6 @@
 
 import torch
 
-from . import use_fused
-
 
 def activate(
     gate_up: torch.Tensor, bias: torch.Tensor, expert: torch.Tensor, limit: float, alpha: float
@@ -13,10 +11,6 @@ def activate(
     Gate and up alternate (even, odd columns) and have their bias added; gate is clipped at ``limit`` from above, up on
     both sides. Computed in float32, returned in gate_up's dtype.
     """
-    if use_fused(gate_up.device):
-        from .fused import expert_activation
-
-        return expert_activation.activate(gate_up, bias, expert, limit, alpha)
     x = gate_up.float() + bias[expert.long()].float()
     gate, up = x[:, ::2].clamp(max=limit), x[:, 1::2].clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(gate_up.dtype)

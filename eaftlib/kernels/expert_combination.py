@@ -2,8 +2,6 @@
 
 import torch
 
-from . import use_fused
-
 
 def combine(
     outputs: torch.Tensor,
@@ -18,10 +16,6 @@ def combine(
     outputs [P, H] in any order of pairs; row_of_pair int [T, top_k] finds a pair's row; expert int and gate [T, top_k];
     bias [E, H]. Computed in float32; the sum has outputs' dtype. Without ``measure`` the last two are None.
     """
-    if use_fused(outputs.device):
-        from .fused import expert_combination
-
-        return expert_combination.combine(outputs, row_of_pair, expert, gate, bias, measure)
     y = outputs[row_of_pair].float() + bias[expert.long()].float()
     combined = torch.einsum("tkh,tk->th", y, gate.float()).to(outputs.dtype)
     if not measure:

@@ -4,10 +4,6 @@ import math
 
 import torch
 
-from . import use_fused
-
-MAX_FUSED_K = 32  # the top logits of a row that one program keeps
-
 # Logits held at once: few enough to stay in a CPU's cache, enough to feed a GPU's matrix units.
 SLICE_BYTES = {"cpu": 8 << 20, "cuda": 1600 << 20}
 
@@ -36,10 +32,6 @@ def token_statistics(
     nll = logsumexp(z) - z[target]. entropy: of the softmax over the top K logits renormalised among themselves,
     divided by ln K, in [0, 1]; NaN logits give NaN.
     """
-    if use_fused(logits.device) and entropy_topk <= MAX_FUSED_K:
-        from .fused import token_statistics
-
-        return token_statistics.token_statistics(logits, targets, entropy_topk)
     nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
     return nll, topk_entropy(top_logits(logits, entropy_topk))
 
@@ -66,18 +58,3 @@ def top_logits(logits: torch.Tensor, k: int, group: int = 64) -> torch.Tensor:
     groups = grouped.amax(-1).topk(k, dim=-1).indices
     candidates = grouped.gather(1, groups[..., None].expand(-1, -1, group))
     return candidates.flatten(1).topk(k, dim=-1).values
-
-
-class Reference:
-    """The whole model's distribution on a slice of tokens, to which other models' logits are compared."""
-
-    def __init__(self, logits: torch.Tensor):
-        log_normaliser = torch.logsumexp(logits, dim=-1)
-        self.top1 = logits.argmax(-1)
-        self.probabilities = (logits - log_normaliser[:, None]).exp()
-        self.negative_entropy = torch.linalg.vecdot(self.probabilities, logits) - log_normaliser
-
-    def compare(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(KL(reference, other) [T] in nats over the full vocabulary, whether the arg-max is the same [T])."""
-        cross = torch.logsumexp(logits, dim=-1) - torch.linalg.vecdot(self.probabilities, logits)
-        return (self.negative_entropy + cross).clamp(min=0.0), logits.argmax(-1) == self.top1

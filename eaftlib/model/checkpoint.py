@@ -1,6 +1,5 @@
-"""A gpt-oss checkpoint on disk: found, verified before use, and read one layer at a time."""
+"""A checkpoint on disk: found, verified before use, and read one tensor at a time."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -9,18 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GptOssConfig, PreTrainedTokenizerFast
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm, GptOssRotaryEmbedding
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..engine import attention, experts
 from ..errors import CheckpointError
-from ..files import read_json
-from . import mxfp4
+from ..files import read_json, sha256
+from . import fingerprint
+from .families import FAMILIES, Family
 
-SUPPORTED = {"gpt_oss": "openai/gpt-oss-20b, openai/gpt-oss-120b and checkpoints of their layout"}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,19 @@ class Checkpoint:
     def __init__(self, model: str):
         """model: a local folder (a Kaggle mount, say) or the id of a model on the Hugging Face hub.
 
-        Raises CheckpointError when a file or tensor is missing, truncated, of a wrong shape, or the model is not gpt-oss.
+        Raises CheckpointError when a file or tensor is missing, truncated, of a wrong shape, or of no known family.
         """
         self.model_id = model
         self.folder = _find_folder(model)
-        self.config = _read_config(self.folder)
+        self.family, self.config = _read_config(self.folder)
         self._shard_of = _read_index(self.folder)
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._shards = {file: _open_shard(self.folder / file) for file in sorted(set(self._shard_of.values()))}
         self._verify()
 
     def __reduce__(self):
-        return Checkpoint, (self.model_id,)  # another process opens it anew
+        known = {"sha256": self.sha256, "tokenizer_sha256": self.tokenizer_sha256}
+        return Checkpoint, (self.model_id,), known  # another process opens it anew, but hashes nothing
 
     @property
     def num_layers(self) -> int:
@@ -59,11 +56,11 @@ class Checkpoint:
 
     @property
     def num_experts(self) -> int:
-        return self.config.num_local_experts
+        return getattr(self.config, self.family.experts_key)
 
     @property
     def top_k(self) -> int:
-        return self.config.num_experts_per_tok
+        return getattr(self.config, self.family.top_k_key)
 
     @property
     def names(self) -> list[str]:
@@ -80,21 +77,12 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        return hashlib.sha256(self._require_tokenizer_file().read_bytes()).hexdigest()
+        return sha256(self._require_tokenizer_file())
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the weights cheaply: over every tensor's name, type and shape, and the bytes of all routers.
-
-        Routers differ between any two trained models, so this tells models apart without reading gigabytes.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            entry = self._slice(name)
-            digest.update(f"{name} {entry.get_dtype()} {entry.get_shape()}\n".encode())
-            if ".mlp.router." in name:
-                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Identifies the model but for its tokenizer: every byte of its weights, and its configuration."""
+        return fingerprint.model_sha256(self.folder, self._shard_of)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor, memory-mapped on the CPU."""
@@ -110,59 +98,17 @@ class Checkpoint:
     def shape(self, name: str) -> list[int]:
         return self._slice(name).get_shape()
 
-    def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> GptOssDecoderLayer:
-        """transformers' decoder layer with its weights on ``device``; MXFP4 experts are decoded there."""
-        prefix = f"model.layers.{index}."
-        with torch.device("meta"):
-            layer = GptOssDecoderLayer(self.config, index)
-            if attention.FusedAttention.serves(self.config, device, dtype):
-                layer.self_attn = attention.FusedAttention(self.config, index)
-            for name in ("input_layernorm", "post_attention_layernorm"):  # the same function in one kernel
-                setattr(layer, name, torch.nn.RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
-        state = {}
-        for name in layer.state_dict():
-            if prefix + name + "_blocks" in self._shard_of:
-                packed = (self._on_device(prefix + name + part, device) for part in ("_blocks", "_scales"))
-                # Stored as [E, out, in]; transformers multiplies x @ W with W [E, in, out].
-                state[name] = mxfp4.decode(*packed, dtype).transpose(1, 2)
-            else:
-                state[name] = self._on_device(prefix + name, device).to(dtype)
-        layer.load_state_dict(state, assign=True)
-        return layer.eval().requires_grad_(False)
-
-    def embedding(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[V, H]"""
-        return self.tensor("model.embed_tokens.weight").to(device, dtype)
-
-    def lm_head(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[V, H]; the embedding itself where the two are tied."""
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        return self.tensor(name).to(device, dtype)
-
-    def final_norm(self, device: torch.device, dtype: torch.dtype) -> GptOssRMSNorm:
-        norm = GptOssRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps).to(device, dtype)
-        norm.weight.data = self.tensor("model.norm.weight").to(device, dtype)
-        return norm.requires_grad_(False)
-
-    def rotary(self, device: torch.device) -> GptOssRotaryEmbedding:
-        return GptOssRotaryEmbedding(self.config).to(device)
-
     def _require_tokenizer_file(self) -> Path:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
         return file
 
-    def _on_device(self, name: str, device: torch.device) -> torch.Tensor:
-        tensor = self.tensor(name)
-        # From pinned memory a GPU fetches by itself, at full speed and while it computes.
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
     def _slice(self, name: str):
         return self._shards[self._shard_of[name]].get_slice(name)
 
     def _verify(self) -> None:
-        """Every tensor of the architecture is there, in one of the two expert formats, with the shape the config implies."""
+        """Every tensor of the architecture is there, with the shape that the configuration implies."""
         stored = {file: set(shard.keys()) for file, shard in self._shards.items()}
         for name, file in self._shard_of.items():
             if name not in stored[file]:
@@ -170,45 +116,15 @@ class Checkpoint:
                     f"{self.folder}: {INDEX_FILE} places {name!r} in {file}, which does not hold it. "
                     "Fetch the checkpoint again."
                 )
-        for name, expected in self._expected_shapes().items():
+        for name, expected in self.family.shapes(self.config, self._shard_of).items():
             if name not in self._shard_of:
                 raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the index. Fetch it again.")
             found = self.shape(name)
             if found != expected:
                 raise CheckpointError(
                     f"{self.folder}: tensor {name!r} has shape {found}, expected {expected} from config.json "
-                    f"(num_local_experts {self.num_experts}). Weights and configuration do not belong together."
+                    f"({self.family.experts_key} {self.num_experts}). Weights and configuration do not belong together."
                 )
-
-    def _expected_shapes(self) -> dict[str, list[int]]:
-        c = self.config
-        h, inter, e = c.hidden_size, c.intermediate_size, c.num_local_experts
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        shapes = {"model.embed_tokens.weight": [c.vocab_size, h], "model.norm.weight": [h]}
-        if not c.tie_word_embeddings:
-            shapes["lm_head.weight"] = [c.vocab_size, h]
-        for i in range(c.num_hidden_layers):
-            layer = {"input_layernorm.weight": [h], "post_attention_layernorm.weight": [h]}
-            for name, size in (("q", q), ("k", kv), ("v", kv)):
-                layer |= {f"self_attn.{name}_proj.weight": [size, h], f"self_attn.{name}_proj.bias": [size]}
-            layer |= {"self_attn.o_proj.weight": [h, q], "self_attn.o_proj.bias": [h]}
-            layer |= {"self_attn.sinks": [c.num_attention_heads]}
-            layer |= {"mlp.router.weight": [e, h], "mlp.router.bias": [e]}
-            for name, rows, columns in (("gate_up_proj", 2 * inter, h), ("down_proj", h, inter)):
-                layer[f"mlp.experts.{name}_bias"] = [e, rows]
-                if f"model.layers.{i}.mlp.experts.{name}" in self._shard_of:
-                    layer[f"mlp.experts.{name}"] = [e, columns, rows]
-                else:
-                    groups = columns // mxfp4.GROUP
-                    layer[f"mlp.experts.{name}_blocks"] = [e, rows, groups, mxfp4.GROUP // 2]
-                    layer[f"mlp.experts.{name}_scales"] = [e, rows, groups]
-            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        return shapes
-
-
-def is_expert_tensor(name: str) -> bool:
-    """Whether dim 0 of the tensor counts experts: the router's weight and bias, and everything under mlp.experts."""
-    return ".mlp.router." in name or ".mlp.experts." in name
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -242,20 +158,16 @@ def _find_folder(model: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> GptOssConfig:
+def _read_config(folder: Path) -> tuple[Family, PreTrainedConfig]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     settings = read_json(file, CheckpointError, "fetch the checkpoint again")
-    if settings.get("model_type") not in SUPPORTED:
-        raise CheckpointError(
-            f"{folder}: model_type is {settings.get('model_type')!r}; supported: "
-            + "; ".join(f"{kind!r} ({what})" for kind, what in SUPPORTED.items())
-        )
-    config = GptOssConfig.from_dict(settings)
-    config._attn_implementation = attention.NAME
-    config._experts_implementation = experts.NAME
-    return config
+    family = FAMILIES.get(settings.get("model_type"))
+    if family is None:
+        known = (f"{kind!r} ({of})" for family in FAMILIES.values() for kind, of in family.model_types.items())
+        raise CheckpointError(f"{folder}: model_type is {settings.get('model_type')!r}; supported: {'; '.join(known)}")
+    return family, family.config_class.from_dict(settings)
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -9,35 +9,19 @@ import itertools
 import torch
 
 from ..errors import CheckpointError
-from ..kernels import use_fused
+from ..kernels.mxfp4 import E2M1, SCALE_BIAS
 
 GROUP = 32
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
-_SCALE_BIAS = 127
 
 
-def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values [E, ..., G * 32] in ``dtype``, on the blocks' device. Exact in bfloat16 and wider.
-
-    Raises CheckpointError when blocks and scales do not fit together.
-    """
+def require_fit(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raises CheckpointError unless blocks and scales belong together."""
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, GROUP // 2):
         raise CheckpointError(
             f"MXFP4 blocks {tuple(blocks.shape)} {blocks.dtype} do not fit scales {tuple(scales.shape)} {scales.dtype}: "
             f"expected uint8 [..., G, {GROUP // 2}] and uint8 [..., G]. The checkpoint is damaged; fetch it again."
         )
-    values = torch.empty((*scales.shape, GROUP), dtype=dtype, device=blocks.device)
-    if use_fused(blocks.device):
-        from ..kernels.fused import mxfp4
-
-        mxfp4.decode(blocks, scales, values)
-        return values.flatten(-2)
-    table = _byte_table(blocks.device)
-    for block, scale, value in zip(blocks, scales, values, strict=True):  # one expert's float32 values at a time
-        exponents = (scale.int() - _SCALE_BIAS)[..., None, None]
-        value.copy_(torch.ldexp(table[block.int()], exponents).flatten(-2))
-    return values.flatten(-2)
 
 
 def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +34,7 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     peak = groups.abs().amax(-1, keepdim=True)
     low = torch.floor(torch.log2(peak.clamp(min=2.0**-100))) - _E2M1_MAX_EXPONENT
     candidates = [(_nearest_codes(torch.ldexp(groups, -e)), e) for e in (low, low + 1)]
-    magnitudes = torch.tensor(_E2M1, device=values.device)
+    magnitudes = torch.tensor(E2M1, device=values.device)
     errors = [
         (torch.ldexp(magnitudes[c.int()], e) - groups.abs()).square().sum(-1, keepdim=True) for c, e in candidates
     ]
@@ -58,7 +42,7 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     use_high = errors[1] < errors[0]
     codes = torch.where(use_high, codes_high, codes_low)
     codes = codes + 8 * (groups.signbit() & (codes > 0))
-    scales = torch.where(use_high, high, low).squeeze(-1) + _SCALE_BIAS
+    scales = torch.where(use_high, high, low).squeeze(-1) + SCALE_BIAS
     blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
     return blocks.to(torch.uint8), scales.to(torch.uint8)
 
@@ -67,14 +51,7 @@ def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
     """E2M1 codes 0..7 nearest to |scaled|: how many midpoints lie below it; on a midpoint the even code is taken."""
     magnitude = scaled.abs()
     codes = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for code, (low, high) in enumerate(itertools.pairwise(_E2M1)):
+    for code, (low, high) in enumerate(itertools.pairwise(E2M1)):
         midpoint = (low + high) / 2
         codes += magnitude > midpoint if code % 2 == 0 else magnitude >= midpoint
     return codes
-
-
-def _byte_table(device: torch.device) -> torch.Tensor:
-    """float32 [256, 2]: the two values of every byte, low nibble first."""
-    values = torch.tensor([*_E2M1, *(-v for v in _E2M1)], dtype=torch.float32, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=-1)

@@ -39,6 +39,7 @@ def token_weights(trace: Trace, cc_quantile: float, weights: RegionWeights) -> n
 def expert_sums(trace: Trace, token_weight: np.ndarray, align: str = "predictor") -> pa.Table:
     """Sums over kept tokens per (layer, expert), float64; the columns of saliency.parquet.
 
+    ``pos_`` and ``neg_`` columns are counts and plain sums of g n over the tokens with w > 0 and with w < 0.
     align: ``predictor`` pairs a token with the routing at the position that predicted it, ``token`` with its own.
     """
     if align not in ALIGNMENTS:
@@ -67,8 +68,8 @@ def expert_sums(trace: Trace, token_weight: np.ndarray, align: str = "predictor"
                 "norm_sq_sum": total(n * n),
                 "max_activation": max_activation,
                 "eaft_gate_norm_sum": total(w * g * n),
-                "pos_gate_norm_sum": total(np.where(w > 0, w, 0) * g * n),
-                "neg_gate_norm_sum": total(np.where(w < 0, w, 0) * g * n),
+                "pos_gate_norm_sum": total((w > 0) * g * n),
+                "neg_gate_norm_sum": total((w < 0) * g * n),
                 "pos_count": total(w > 0).astype(np.int64),
                 "neg_count": total(w < 0).astype(np.int64),
             }

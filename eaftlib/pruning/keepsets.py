@@ -1,16 +1,21 @@
 """From a ranking to the set of experts that stay in each layer."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import ParameterError, ResultError
-from ..model.checkpoint import Checkpoint
 from .criteria import sums_by_layer
 from .ranking import read_ranking, read_sums
+
+if TYPE_CHECKING:  # loads torch and transformers
+    from ..model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def choose(ranking: np.ndarray, keep_n: int, always_keep: np.ndarray | None = No
 
 
 def core_experts(sums: pa.Table, top_m: int) -> np.ndarray:
-    """bool [L, E]: per layer the ``top_m`` experts with the largest positive mass (sum of w g n over w > 0)."""
+    """bool [L, E]: per layer the ``top_m`` experts with the largest positive mass (sum of g n over tokens with w > 0)."""
     mass = sums_by_layer(sums)["pos_gate_norm_sum"]
     if not 0 <= top_m <= mass.shape[1]:
         raise ParameterError(f"core_top_m: found {top_m}, expected 0 to {mass.shape[1]}")
@@ -111,7 +116,8 @@ def from_ranking(
     if provenance["model_sha256"] != checkpoint.sha256:
         raise ResultError(
             f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
-            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune."
+            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
+            "of earlier versions know a model by its routers alone and have to be made again.)"
         )
     if criterion not in content["criteria"]:
         raise ParameterError(f"criterion: found {criterion!r}; {ranking} has {sorted(content['criteria'])}")

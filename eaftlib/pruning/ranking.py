@@ -1,8 +1,11 @@
 """ranking.json and saliency.parquet: made from a trace, written and read."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,9 @@ import pyarrow.parquet as pq
 from ..errors import ResultError
 from ..files import read_json, write_atomically, write_json
 from .criteria import RANDOM, criterion_scores, rank_experts, sums_by_layer
-from .trace import Trace
+
+if TYPE_CHECKING:  # a trace's module loads the engine
+    from .trace import Trace
 
 SCHEMA = "eaft-ranking/1"
 

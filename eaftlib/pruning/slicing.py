@@ -3,21 +3,20 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import CheckpointError
 from ..files import sha256, write_json
-from ..model.checkpoint import INDEX_FILE, Checkpoint, is_expert_tensor
+from ..model import fingerprint
+from ..model.checkpoint import INDEX_FILE, Checkpoint
+from ..model.writer import Progress, Stored, write_shards
+from ..progress import progress_bar
 from .keepsets import KeepSet
 
-SHARD_BYTES = 4 << 30  # as large as the published checkpoint's
-COPY_BYTES = 8 << 20  # all that is held in memory
 MANIFEST = "prune_manifest.json"
 MAPPING = "expert_mapping.json"
 MANIFEST_SCHEMA = "eaft-prune/1"
@@ -37,15 +36,12 @@ def checkpoint_sizes(checkpoint: Checkpoint, keep_n: int | None = None) -> Sizes
     kept = checkpoint.num_experts if keep_n is None else keep_n
     total = experts = 0
     for name in checkpoint.names:
-        size = _sliced_bytes(checkpoint, name, kept)
+        size = checkpoint.location(name).nbytes
+        if checkpoint.family.layer_of_experts(name) is not None:
+            size = size // checkpoint.num_experts * kept
+            experts += size
         total += size
-        experts += size if is_expert_tensor(name) else 0
     return Sizes(total, experts)
-
-
-def _sliced_bytes(checkpoint: Checkpoint, name: str, keep_n: int) -> int:
-    size = checkpoint.location(name).nbytes
-    return size // checkpoint.num_experts * keep_n if is_expert_tensor(name) else size
 
 
 def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: bool = True) -> dict:
@@ -72,6 +68,8 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
         manifest = _write(checkpoint, keep, temporary, sizes, progress)
         temporary.chmod(0o755)
         temporary.rename(out_dir)
+        for file, digest in manifest["sha256"].items():
+            fingerprint.remember(out_dir / file, digest)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -85,7 +83,8 @@ def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, pr
         def finished(file: str) -> None:
             hashes[file] = hasher.submit(sha256, folder / file)
 
-        _write_shards(checkpoint, keep, folder, sizes, finished, progress)
+        with progress_bar(sizes.total, "prune", "B", progress) as advance:
+            write_shards(folder, sliced_tensors(checkpoint, keep), Progress(advance, finished))
         for file in _write_other_files(checkpoint, keep, folder):
             finished(file)
         files = {file: future.result() for file, future in sorted(hashes.items())}
@@ -103,75 +102,14 @@ def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, pr
     return manifest
 
 
-def _write_shards(
-    checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, finished: Callable[[str], None], progress: bool
-) -> None:
-    from tqdm import tqdm
-
-    shards = _plan_shards(checkpoint, keep)
-    weight_map = {}
-    with tqdm(total=sizes.total, unit="B", unit_scale=True, desc="prune", disable=not progress) as bar:
-        for i, names in enumerate(shards, start=1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(checkpoint, keep, names, folder / file, bar.update)
-            weight_map |= dict.fromkeys(names, file)
-            finished(file)
-    index = {"metadata": {"total_size": sizes.total}, "weight_map": weight_map}
-    write_json(folder / INDEX_FILE, index)
-    finished(INDEX_FILE)
-
-
-def _write_shard(
-    checkpoint: Checkpoint, keep: KeepSet, names: list[str], path: Path, copied: Callable[[int], object]
-) -> None:
-    """A safetensors file whose bytes come straight from the source's: no tensor is ever in memory as a whole."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        stored, start = checkpoint.location(name), end
-        end += _sliced_bytes(checkpoint, name, keep.keep_n)
-        shape = [keep.keep_n, *stored.shape[1:]] if is_expert_tensor(name) else stored.shape
-        header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins aligned
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _copy_kept(checkpoint, keep, name, out, copied)
-
-
-def _copy_kept(
-    checkpoint: Checkpoint, keep: KeepSet, name: str, out: BinaryIO, copied: Callable[[int], object]
-) -> None:
-    stored = checkpoint.location(name)
-    runs = [(stored.offset, stored.nbytes)]
-    if is_expert_tensor(name):
-        row = stored.nbytes // checkpoint.num_experts
-        runs = [(stored.offset + int(expert) * row, row) for expert in keep.ids[int(name.split(".")[2])]]
-    buffer = memoryview(bytearray(min(COPY_BYTES, max(size for _, size in runs))))
-    with stored.file.open("rb", buffering=0) as source:
-        for offset, remaining in runs:
-            source.seek(offset)
-            while remaining:
-                count = source.readinto(buffer[: min(remaining, COPY_BYTES)])
-                if not count:
-                    raise CheckpointError(f"{stored.file} ended inside {name}; fetch the checkpoint again")
-                out.write(buffer[:count])
-                copied(count)
-                remaining -= count
-
-
-def _plan_shards(checkpoint: Checkpoint, keep: KeepSet) -> list[list[str]]:
-    shards: list[list[str]] = []
-    filled = SHARD_BYTES
+def sliced_tensors(checkpoint: Checkpoint, keep: KeepSet) -> dict[str, Stored]:
+    """Every tensor of the pruned checkpoint, as bytes of this one."""
+    sources = {}
     for name in checkpoint.names:
-        size = _sliced_bytes(checkpoint, name, keep.keep_n)
-        if filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+        layer = checkpoint.family.layer_of_experts(name)
+        rows = None if layer is None else keep.ids[layer].tolist()
+        sources[name] = Stored(checkpoint.location(name), rows)
+    return sources
 
 
 def _write_other_files(checkpoint: Checkpoint, keep: KeepSet, folder: Path) -> list[str]:
@@ -181,7 +119,7 @@ def _write_other_files(checkpoint: Checkpoint, keep: KeepSet, folder: Path) -> l
             shutil.copyfile(source, folder / source.name)
             written.append(source.name)
     settings = json.loads((checkpoint.folder / "config.json").read_text())
-    write_json(folder / "config.json", settings | {"num_local_experts": keep.keep_n})
+    write_json(folder / "config.json", settings | {checkpoint.family.experts_key: keep.keep_n})
     mapping = {str(layer): {str(new): int(old) for new, old in enumerate(ids)} for layer, ids in enumerate(keep.ids)}
     write_json(folder / MAPPING, mapping)
     return [*written, "config.json", MAPPING]

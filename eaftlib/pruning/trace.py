@@ -8,6 +8,7 @@ import numpy as np
 
 from ..engine import forward
 from ..engine.launch import over_gpus
+from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
 from ..engine.weights import Weights
 from ..errors import ResultError
@@ -21,8 +22,8 @@ class Trace:
     """Everything a pass over calibration blocks leaves behind; the model is not needed again.
 
     nll, entropy float32 [N] per kept token. predictor_row, token_row int64 [N]: the recorded row where the token is
-    predicted (position t-1) and where it stands (t). expert uint8, gate, norm, peak float32 [L, R, top_k] per recorded
-    row, see ExpertTrace. provenance: what it came from.
+    predicted (position t-1) and where it stands (t). expert (integers), gate, norm, peak float32 [L, R, top_k] per
+    recorded row, see ExpertTrace. provenance: what it came from.
     """
 
     nll: np.ndarray
@@ -71,7 +72,7 @@ def record(
     """One pass over calibration blocks that records every routed pair."""
     weights = Weights(checkpoint, placement)
     run = forward.score(weights, blocks, entropy_topk=entropy_topk, record_experts=True, progress=progress)
-    recorded = forward.recorded_positions(blocks)
+    recorded = recorded_positions(blocks)
     row_of = np.cumsum(recorded.ravel()).reshape(recorded.shape) - 1  # recorded rows in block order
     block, position = np.nonzero(blocks.kept)
     expert, gate, norm, peak = (tensor.numpy() for tensor in run.experts.tensors)
@@ -89,6 +90,7 @@ def record(
             "model_id": checkpoint.model_id,
             "model_sha256": checkpoint.sha256,
             "tokenizer_sha256": checkpoint.tokenizer_sha256,
+            "eos_token_id": checkpoint.tokenizer.eos_token_id,
             "pack": blocks.pack,
             "rows": blocks.rows,
             "rows_seen": blocks.rows_seen,
@@ -98,7 +100,7 @@ def record(
             "kept_tokens": int(blocks.kept.sum()),
             "entropy_topk": entropy_topk,
             "device": placement.device.type,
-            "dtype": str(placement.dtype).removeprefix("torch."),
+            "dtype": placement.precision.name,
         },
     )
     return result, run

@@ -3,8 +3,11 @@
 import io
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+
+from .model import Curve, Row
 
 COLORS = {
     "eaft_reap": "#c0392b",
@@ -29,7 +32,9 @@ class Picture(Figure):
     def svg(self) -> str:
         """The <svg> element alone, for pages; the same figure gives the same text."""
         buffer = io.StringIO()
-        self.savefig(buffer, format="svg", metadata={"Date": None})
+        # With a salt, the names of clips and marks come from their content; without, they are drawn anew by each process.
+        with rc_context({"svg.hashsalt": "eaftlib"}):
+            self.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
@@ -40,7 +45,7 @@ def color_of(criterion: str | None) -> str:
     return _OTHER_COLORS[sum(map(ord, criterion or "")) % len(_OTHER_COLORS)]
 
 
-def saliency_map(scores: np.ndarray, criterion: str, keep: np.ndarray | None = None) -> Picture:
+def saliency_map(scores: np.ndarray, criterion: str, keep: int | None = None) -> Picture:
     """Heat map of scores [L, E] as shares of their layer, experts sorted best first in each layer."""
     share = np.clip(np.nan_to_num(scores), 0, None)
     share = np.sort(share / share.sum(1, keepdims=True), axis=1)[:, ::-1]
@@ -127,27 +132,15 @@ def landscape(model: dict, title: str) -> Picture:
     return figure
 
 
-def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> Picture:
-    """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn.
-
-    rows: {criterion, keep_n, seq_len, dppl, low, high}; limits: dPPL gate per sequence length. Symlog above the gate.
-    """
-    figure = Picture(figsize=(4.9 * len(limits), 3.9), layout="constrained")
-    for axes, (seq_len, limit) in zip(
-        np.atleast_1d(figure.subplots(1, len(limits), sharey=True)), limits.items(), strict=True
-    ):
-        part = [r for r in rows if r["seq_len"] == seq_len]
-        for criterion in sorted({r["criterion"] for r in part}):
-            line = sorted((r for r in part if r["criterion"] == criterion), key=lambda r: r["keep_n"])
-            x, y = [r["keep_n"] for r in line] + [num_experts], [r["dppl"] for r in line] + [0.0]
-            axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color_of(criterion), label=criterion)
-            bars = [r for r in line if r["low"] is not None]
-            axes.vlines(
-                [r["keep_n"] for r in bars],
-                [r["low"] for r in bars],
-                [r["high"] for r in bars],
-                color=color_of(criterion),
-            )
+def keep_curve(curve: Curve) -> Picture:
+    """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn. Symlog above the gate."""
+    figure = Picture(figsize=(4.9 * len(curve.limits), 3.9), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(curve.limits), sharey=True))
+    for axes, (seq_len, limit) in zip(panels, curve.limits.items(), strict=True):
+        part = [r for r in curve.rows if r.seq_len == seq_len]
+        for criterion in sorted({r.criterion for r in part}):
+            line = sorted((r for r in part if r.criterion == criterion), key=lambda r: r.keep_n)
+            _curve_line(axes, line, color_of(criterion), curve.num_experts)
         axes.axhspan(-limit, limit, color="#27ae60", alpha=0.15, linewidth=0)
         axes.axhline(limit, color="#27ae60", linewidth=1.2)
         axes.annotate(
@@ -159,12 +152,20 @@ def keep_curve(rows: list[dict], limits: dict[int, float], num_experts: int) -> 
             color="#1e8449",
         )
         axes.set_yscale("symlog", linthresh=limit, linscale=0.8)
-        axes.set(xlabel=f"experts kept of {num_experts}", title=f"{seq_len} tokens", ylim=(-limit, None))
-        axes.set_xticks(sorted({r["keep_n"] for r in part} | {num_experts}))
+        axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(-limit, None))
+        axes.set_xticks(sorted({r.keep_n for r in part} | {curve.num_experts}))
         _tidy(axes)
     figure.axes[0].set_ylabel("dPPL")
     figure.axes[-1].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _curve_line(axes, rows: list[Row], color: str, num_experts: int) -> None:
+    """Rows of one criterion, fewest experts first, and their intervals; the line ends at the whole model's zero."""
+    x, y = [r.keep_n for r in rows] + [num_experts], [r.comparison.ppl.value for r in rows] + [0.0]
+    axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color, label=rows[0].criterion)
+    bars = [(r.keep_n, *r.comparison.ppl.interval) for r in rows if r.comparison.ppl.interval]
+    axes.vlines([k for k, _, _ in bars], [low for _, low, _ in bars], [high for _, _, high in bars], color=color)
 
 
 def _panel(width: float, height: float):

@@ -3,21 +3,23 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import PackError
-from .harmony import completion_spans
 
 UNION = "UNION"
 ROW_SPLITS = ("all", "calib", "eval")
 KAGGLE_INPUT = Path("/kaggle/input")
-_ROWS_PER_READ = 256
+_BATCH_ROWS, _BATCH_CHARACTERS = 256, 1 << 18  # tokenised at once; a token takes some hundred bytes while it is
+
+Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -69,44 +71,51 @@ class PackSource:
         """Rows of a pack, or of UNION: the packs' rows taken in turn, a finished pack skipped.
 
         Rows that are empty or not strings are skipped. split ``calib`` / ``eval`` keeps the rows whose SHA-256 begins
-        with a byte >= 128 / < 128.
+        with a byte >= 128 / < 128. Rows are streamed: in memory are a few of each pack.
         """
+        return _in_turn(self.parts(pack, split).values())
+
+    def parts(self, pack: str, split: str = "all") -> dict[str, Iterator[str | None]]:
+        """The rows of every pack that ``pack`` consists of, by name; None for a row that is skipped when its turn comes."""
         if split not in ROW_SPLITS:
             raise PackError(f"rows: found {split!r}, expected one of {ROW_SPLITS}")
-        if pack == UNION:
-            turns = itertools.zip_longest(*map(_read_column, self._paths.values()))
-            candidates: Iterable = itertools.chain.from_iterable(turns)
-        elif pack in self._paths:
-            candidates = _read_column(self._paths[pack])
-        else:
+        if pack not in self.names:
             raise PackError(f"pack {pack!r} is not in {self.source}; it has {self.names}")
-        for text in candidates:
-            if isinstance(text, str) and text and _in_split(text, split):
-                yield text
+        return {name: _read(path, split) for name, path in self._paths.items() if pack in (name, UNION)}
 
 
 def pack_blocks(
-    source: PackSource, pack: str, tokenizer, *, seq_len: int, num_blocks: int, rows: str = "all"
+    source: PackSource,
+    pack: str,
+    tokenizer,
+    spans: Callable[[str], Spans],
+    *,
+    seq_len: int,
+    num_blocks: int,
+    rows: str = "all",
 ) -> Blocks:
     """Tokenise whole rows, join them with one EOS after each, and cut the first ``num_blocks`` blocks of ``seq_len``.
 
-    Raises PackError when the rows do not fill the blocks or no token of them lies in a completion span.
+    spans: the completion spans of a row, as character ranges [start, end), ascending and disjoint. No row is read twice,
+    and reading stops with the batch that fills the blocks; but where none of the rows read of a pack (for UNION: of any of
+    its packs) has a span, that pack is read on to its first that has. Raises PackError when there is none to its end,
+    when the rows do not fill the blocks, or when no token of the blocks lies in a completion span.
     """
-    for part in source.names[:-1] if pack == UNION else [pack]:
-        _require_spans(source, part, rows)
+    parts = {name: _Part(texts, spans) for name, texts in source.parts(pack, rows).items()}
     wanted = seq_len * num_blocks
     tokens, kept = np.empty(wanted, np.int32), np.zeros(wanted, bool)
     digest, rows_seen, filled = hashlib.sha256(), 0, 0
-    for text, ids, offsets in _tokenized(source.rows(pack, rows), tokenizer):
-        digest.update(text.encode() + b"\0")
+    for row, ids, offsets in _tokenized(_in_turn(parts.values()), tokenizer):
+        digest.update(row.text.encode() + b"\0")
         rows_seen += 1
         row_ids = np.append(ids, tokenizer.eos_token_id)
-        row_kept = np.append(overlaps(offsets, completion_spans(text)), False)
+        row_kept = np.append(overlaps(offsets, row.spans), False)
         end = min(filled + len(row_ids), wanted)
         tokens[filled:end], kept[filled:end] = row_ids[: end - filled], row_kept[: end - filled]
         filled = end
         if filled == wanted:
             break
+    _require_spans(source, parts, rows)
     if filled < wanted:
         raise PackError(
             f"pack {pack} (rows: {rows}) of {source.source} fills {filled // seq_len} blocks of {seq_len} tokens from "
@@ -119,15 +128,7 @@ def pack_blocks(
     return Blocks(pack, rows, tokens, kept, rows_seen, digest.hexdigest())
 
 
-def _require_spans(source: PackSource, pack: str, rows: str) -> None:
-    if not any(completion_spans(text) for text in source.rows(pack, rows)):
-        raise PackError(
-            f"pack {pack} (rows: {rows}) of {source.source}: no row has an assistant message closed by <|end|>, <|call|> or "
-            "<|return|>, so there is nothing to score. Is the text in Harmony format?"
-        )
-
-
-def overlaps(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+def overlaps(offsets: np.ndarray, spans: Spans) -> np.ndarray:
     """bool [T]: whether each token's character range (offsets [T, 2]) shares a character with a span (disjoint, ascending)."""
     if not spans:
         return np.zeros(len(offsets), bool)
@@ -139,12 +140,61 @@ def overlaps(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     return inside & (span_starts[nearest] < token_ends) & (token_ends > token_starts)
 
 
-def _tokenized(rows: Iterable[str], tokenizer) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, _ROWS_PER_READ)):
-        encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True)
-        for text, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield text, np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2)
+class _Row(NamedTuple):
+    text: str
+    spans: Spans
+
+
+class _Part:
+    """A pack's rows with their spans, each read once; None where a row is skipped."""
+
+    def __init__(self, texts: Iterator[str | None], spans: Callable[[str], Spans]):
+        self._rows = (_Row(text, spans(text)) if text else None for text in texts)
+        self._had_spans = False
+
+    def __iter__(self) -> Iterator[_Row | None]:
+        for row in self._rows:
+            self._had_spans |= row is not None and bool(row.spans)
+            yield row
+
+    def has_spans(self) -> bool:
+        """Whether a row that was read had a span, else whether one of the others has; reads on to the first that has."""
+        return self._had_spans or any(row and row.spans for row in self._rows)
+
+
+def _require_spans(source: PackSource, parts: dict[str, _Part], rows: str) -> None:
+    for name, part in parts.items():
+        if not part.has_spans():
+            raise PackError(
+                f"pack {name} (rows: {rows}) of {source.source}: no row has an assistant message that is closed, so there "
+                "is nothing to score. Is the text in the model's chat format?"
+            )
+
+
+def _in_turn(parts: Iterable[Iterable]) -> Iterator:
+    """One item of each part, then the next of each; a finished part and None are passed over."""
+    return filter(None, itertools.chain.from_iterable(itertools.zip_longest(*parts)))
+
+
+def _tokenized(rows: Iterable[_Row], tokenizer) -> Iterator[tuple[_Row, np.ndarray, np.ndarray]]:
+    for batch in _batches(rows):
+        texts = [row.text for row in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for row, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield row, np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2)
+
+
+def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+    """Runs of rows; one ends with the row that brings it to its count or its characters."""
+    batch, characters = [], 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text)
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _in_split(text: str, split: str) -> bool:
@@ -153,9 +203,11 @@ def _in_split(text: str, split: str) -> bool:
     return (hashlib.sha256(text.encode()).digest()[0] >= 128) == (split == "calib")
 
 
-def _read_column(path: Path) -> Iterator[object]:
-    for batch in pq.ParquetFile(path).iter_batches(_ROWS_PER_READ, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+def _read(path: Path, split: str) -> Iterator[str | None]:
+    from .row_stream import stream_text
+
+    for text in stream_text(path):
+        yield text if text and _in_split(text, split) else None
 
 
 def _check_text_column(path: Path) -> None:
@@ -205,7 +257,8 @@ def _fetch_from_hub(repo: str, pack_files: list[str] | None) -> dict[str, Path]:
         if pack_files is None:
             repo_files = HfApi().list_repo_files(repo, repo_type="dataset")
             pack_files = sorted(f for f in repo_files if f.endswith(".parquet"))
-        # Downloads resume where an earlier one stopped and are kept in the hub's cache.
+        # Fetched whole, not streamed over the network: the next run of the evening finds the file in the hub's cache,
+        # and a download that broke off resumes where it stopped.
         return {f: Path(hf_hub_download(repo, f, repo_type="dataset")) for f in pack_files}
     except (EntryNotFoundError, HTTPError, OSError) as error:
         raise PackError(

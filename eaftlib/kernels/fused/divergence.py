@@ -48,6 +48,16 @@ def _divergence(base, other, kl, same, vocab, LANES: tl.constexpr):
     tl.store(same + row, first_p == first_q)
 
 
+class Reference:
+    """As ``kernels.divergence.Reference``."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits
+
+    def compare(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return divergence(self.logits, logits)
+
+
 def divergence(base, other, *, lanes=1024, num_warps=8):
     """(KL(base, other) float32 [T] in nats, same arg-max bool [T]) of float32 logits [T, V].
 

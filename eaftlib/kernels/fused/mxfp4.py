@@ -1,5 +1,6 @@
 """MXFP4 to floating point: every packed byte read once, every value written once."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,9 +30,11 @@ def _decode(blocks, scales, values, groups, GROUPS: tl.constexpr):
     tl.store(values + group[:, None] * 32 + tl.arange(0, 32)[None, :], wide, mask=inside[:, None])
 
 
-def decode(blocks, scales, values, *, groups=128, num_warps=4):
-    """Fill ``values`` [..., G * 32] from blocks uint8 [..., G, 16] and scales uint8 [..., G]; values is contiguous."""
+def decode(blocks, scales, dtype, *, groups=128, num_warps=4):
+    """As ``kernels.mxfp4.decode``."""
+    values = torch.empty((*scales.shape, 32), dtype=dtype, device=blocks.device)
     total = scales.numel()
     _decode[(triton.cdiv(total, groups),)](
         blocks.contiguous(), scales.contiguous(), values, total, groups, num_warps=num_warps
     )
+    return values.flatten(-2)

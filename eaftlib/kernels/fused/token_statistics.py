@@ -5,6 +5,9 @@ import math
 import triton
 import triton.language as tl
 
+from .. import token_statistics as plain
+
+MAX_K = 32  # the top logits of a row that one program keeps
 _LOWEST = tl.constexpr(-3.0e38)  # stands for "nothing yet"; finite, so that differences stay defined
 
 
@@ -54,10 +57,12 @@ def _statistics(
 
 
 def token_statistics(logits, targets, entropy_topk, *, lanes=2048, num_warps=4):
-    """As ``kernels.token_statistics.token_statistics``, for float32 logits and K up to MAX_FUSED_K.
+    """As ``kernels.token_statistics.token_statistics``, for float32 logits; more than MAX_K top logits go the plain way.
 
     lanes and num_warps: measured on an H100 at 2,048 x 201,088; smaller vocabularies take fewer lanes.
     """
+    if entropy_topk > MAX_K:
+        return plain.token_statistics(logits, targets, entropy_topk)
     logits, targets = logits.contiguous(), targets.contiguous()
     rows, vocab = logits.shape
     lanes = min(lanes, triton.next_power_of_2(vocab))  # never fewer than K

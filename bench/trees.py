@@ -1,0 +1,126 @@
+"""Two checkouts of this project against each other on one GPU, in turn, at gpt-oss-20b's shape.
+
+    python bench/trees.py OLD NEW [--checkpoint FOLDER] [--out FOLDER]
+
+A process each time (old, new, old, new), since both do not fit beside each other: weights resident, then scoring, ranking
+and token statistics; and a pass within 16 GB. Ratios are of medians over all of a tree's repeats.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROUNDS, REPEATS = 2, 5
+WORKER = """
+import importlib, json, sys, time
+import numpy as np, torch
+
+def module(*names):
+    for name in names:
+        try:
+            return importlib.import_module("eaftlib." + name)
+        except ModuleNotFoundError:
+            pass
+
+placement, weights = module("engine.placement", "devices"), module("engine.weights", "weights")
+forward, packs = module("engine.forward", "forward"), module("text.packs", "packs")
+checkpoint, kernel = module("model.checkpoint", "checkpoint"), module("kernels.token_statistics")
+fused = module("kernels.fused.token_statistics")
+folder, mode, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3])
+opened = checkpoint.Checkpoint(folder)
+
+def blocks(count, length):
+    tokens = np.random.default_rng(0).integers(0, opened.config.vocab_size, (count, length)).astype(np.int32)
+    kept = np.ones((count, length), bool)
+    kept[:, 0] = False
+    return packs.Blocks("random", "all", tokens, kept, count, "")
+
+found = {}
+def rate(name, amount, run, repeats=repeats):
+    run()
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        found.setdefault(name, []).append(amount / (time.perf_counter() - started))
+
+if mode == "resident":
+    loaded = weights.Weights(opened, placement.place("cuda"))
+    text = blocks(64, 1024)
+    keep = np.ones((opened.num_layers, opened.num_experts), bool)
+    keep[:, ::2] = False
+    first = forward.score(loaded, text, progress=False)
+    rate("scoring, 64 x 1,024", text.tokens.size, lambda: forward.score(loaded, text, progress=False))
+    rate("ranking, 64 x 1,024", text.tokens.size,
+         lambda: forward.score(loaded, text, record_experts=True, progress=False))
+    few = blocks(16, 1024)
+    rate("whole model and half its experts, 16 x 1,024", 2 * few.tokens.size,
+         lambda: forward.score(loaded, few, keep_sets=[None, keep], progress=False))
+    with torch.inference_mode():
+        hidden = torch.randn(16384, opened.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+        targets = torch.randint(opened.config.vocab_size, (16384,), device="cuda")
+        rows = kernel.slice_rows(opened.config.vocab_size, hidden.device)
+        def step():
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+                fused.token_statistics(kernel.logits_of(h, loaded.lm_head), t, 20)
+        rate("token statistics, 16,384 tokens", 16384, step, 10)
+    found["nll"] = [float(first.variants[0].nll.sum(dtype=np.float64))]
+else:
+    loaded = weights.Weights(opened, placement.place("cuda", max_gpu_memory=16.0))
+    assert not loaded.resident
+    run = forward.score(loaded, blocks(int(mode), 2048), progress=False)
+    found[f"16 GB, {mode} x 2,048"] = [run.tokens_per_second]
+    found["nll"] = [float(run.variants[0].nll.sum(dtype=np.float64))]
+    found["peak_gb"] = [run.peak_device_bytes / 1e9]
+print(json.dumps(found))
+"""
+
+
+def measure(tree: Path, folder: str, mode: str) -> dict[str, list[float]]:
+    command = [sys.executable, "-c", WORKER, folder, mode, str(REPEATS)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--checkpoint", type=Path, default=Path("outputs/bench/20b"))
+    parser.add_argument("--blocks", default="256", help="of 2,048 tokens in the pass within 16 GB")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    args = parser.parse_args()
+    trees = {"old": args.old.resolve(), "new": args.new.resolve()}
+    found: dict[str, dict[str, list[float]]] = {}
+    for mode in ("resident", args.blocks):
+        for _ in range(ROUNDS):
+            for label, tree in trees.items():
+                for name, values in measure(tree, str(args.checkpoint.resolve()), mode).items():
+                    found.setdefault(f"{name} ({mode})" if name == "nll" else name, {}).setdefault(label, []).extend(
+                        values
+                    )
+                print(mode, label, flush=True)
+    sys.path.insert(0, str(trees["new"]))
+    from harness import print_table, save
+
+    rows = []
+    for name, values in found.items():
+        first = statistics.median(values["old"])
+        for label, numbers in values.items():
+            middle = statistics.median(numbers)
+            spread = {"low": min(numbers), "high": max(numbers)}
+            rows.append(
+                {"comparison": name, "variant": label, "median": middle, "ratio": middle / first, "unit": "", **spread}
+            )
+    print_table(rows)
+    print(f"\nwrote {save(rows, args.out, '-trees')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Which functions compute a pass: resolved once from the device, the types and the purpose, or forced by name."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.integrations.moe import ExpertsInterface
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm
+
+from ..errors import ParameterError
+from ..kernels import divergence, mxfp4, token_statistics
+from . import attention, experts
+from .placement import Placement
+
+NAMES = ("auto", "fused", "plain")
+
+
+def _rms_norm(norm: GptOssRMSNorm) -> nn.RMSNorm:
+    """The same function as one of PyTorch's kernels."""
+    return nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device=norm.weight.device)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The functions of a pass.
+
+    training: whether gradients can flow. attention, experts: names in transformers' interfaces. modules: for each module
+    class that a layer may hold, what is put in its place. decode: as ``kernels.mxfp4.decode``. token_statistics: as
+    ``kernels.token_statistics.token_statistics``. reference: as ``kernels.divergence.Reference``.
+    """
+
+    name: str = "plain"
+    training: bool = False
+    attention: str = attention.NAME
+    experts: str = experts.BY_EXPERT
+    modules: Mapping[type, Callable[[Any], nn.Module]] = field(default_factory=lambda: {GptOssRMSNorm: _rms_norm})
+    decode: Callable = mxfp4.decode
+    token_statistics: Callable = token_statistics.token_statistics
+    reference: Callable = divergence.Reference
+
+    def configure(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """A copy of the configuration whose layers call this backend's attention and experts."""
+        config = copy.deepcopy(config)
+        config._attn_implementation, config._experts_implementation = self.attention, self.experts
+        return config
+
+    def fit(self, layer: nn.Module) -> None:
+        """Exchange a layer's modules, before it has weights."""
+        for name, module in list(layer.named_children()):
+            if type(module) in self.modules:
+                setattr(layer, name, self.modules[type(module)](module))
+
+
+def resolve(placement: Placement, config: PreTrainedConfig, training: bool = False) -> Backend:
+    """The backend that a placement names; ``auto``: fused kernels where they run and no gradients are wanted.
+
+    fused: Triton kernels, on NVIDIA GPUs from Ampere on (capability 8.0); float32 keeps PyTorch's attention and experts.
+    plain: PyTorch alone, anywhere. Raises ParameterError where the named one cannot serve.
+    """
+    name, device = placement.backend, placement.device
+    if name not in NAMES:
+        raise ParameterError(f"backend: found {name!r}, expected one of {NAMES}")
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and not training
+    if name == "fused" and not able:
+        raise ParameterError(
+            f"backend: 'fused' needs an NVIDIA GPU of capability 8.0 or more and serves no training; found {device}"
+            f"{', training' if training else ''}. Use 'auto' or 'plain'."
+        )
+    return _fused(placement, config) if able and name != "plain" else Backend(training=training)
+
+
+def _fused(placement: Placement, config: PreTrainedConfig) -> Backend:
+    from ..kernels.fused import divergence, expert_activation, expert_combination, mxfp4, token_statistics
+
+    plain, products = Backend(), placement.precision.products
+    modules, by = dict(plain.modules), plain.experts
+    if products.itemsize == 2 and config.head_dim in attention.FusedAttention.HEAD_DIMS:
+        modules[GptOssAttention] = attention.FusedAttention.of
+    if products == torch.bfloat16:
+        by = experts.GROUPED
+        grouped = partial(experts.grouped, activate=expert_activation.activate, combine=expert_combination.combine)
+        ExpertsInterface.register(by, experts.measured(grouped))
+    return Backend(
+        name="fused",
+        experts=by,
+        modules=modules,
+        decode=mxfp4.decode,
+        token_statistics=token_statistics.token_statistics,
+        reference=divergence.Reference,
+    )

@@ -1,0 +1,209 @@
+"""Blocks through the layers of a model and back: resident or streamed, micro-batch by micro-batch; computes nothing itself."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from ..errors import ScoringError
+from ..text.packs import Blocks
+from . import ranks
+from .hidden_states import InHostMemory, OnDevice
+from .observers import Observer, Step
+from .placement import free_bytes
+from .variants import Variant
+from .weights import Weights
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
+HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
+
+States = OnDevice | InHostMemory
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Traversal:
+    """One way of blocks through a model's variants. A wave of blocks passes all layers before the next wave starts.
+
+    Where all decoded layers stay on the device, a wave is one micro-batch. Otherwise it is all blocks whose hidden
+    states can wait, on the device or in host memory: each layer is read once per wave. Where several ranks run, each takes
+    its share of the micro-batches, composed as they would be alone. Where memory runs out, a micro-batch is halved, with
+    a warning; ScoringError where one block alone is too much.
+    """
+
+    def __init__(
+        self, weights: Weights, blocks: Blocks, variants: Sequence[Variant], observers: Sequence[Observer] = ()
+    ):
+        self.weights, self.variants, self.observers = weights, variants, observers
+        self.tokens = torch.from_numpy(blocks.tokens).long()
+        self.device, self.seq_len = weights.device, blocks.seq_len
+        self.batch = min(max(1, MICRO_BATCH_TOKENS[self.device.type] // self.seq_len), len(self.tokens))
+        self.positions = torch.arange(self.seq_len, device=self.device)[None]
+
+    def share(self) -> int:
+        """Tokens of this rank's blocks, all variants together."""
+        return sum(map(len, self._my_batches())) * self.seq_len * len(self.variants)
+
+    def forward(self) -> Iterator[int]:
+        """Run this rank's blocks; yields the tokens of each micro-batch, once for every layer and variant."""
+        for wave in self._waves(len(self.variants)):
+            yield from self._forward_wave(wave)
+
+    def backward(self, loss: Loss) -> Iterator[int]:
+        """Add the gradients of a loss to ``grad`` of what the one variant trains; yields as ``forward``, on both ways.
+
+        loss: (ids of blocks [B], their hidden [B, S, H] after the final norm) -> the sum of their losses; called once a
+        micro-batch. Only hidden states between layers are kept; each layer's own are computed again on the way back.
+        Gradients are of this rank's blocks.
+        """
+        (variant,) = self.variants
+        for wave in self._waves(self.weights.checkpoint.num_layers + 1):
+            yield from self._backward_wave(wave, variant, loss)
+
+    def _forward_wave(self, wave: torch.Tensor) -> Iterator[int]:
+        inputs, states = self._layer_inputs(), self._embed(wave, len(self.variants), len(self.variants))
+        for index, layer in self.weights.layers():
+            for v, variant in enumerate(self.variants):
+
+                def through_layer(rows: slice, index=index, layer=layer, v=v, variant=variant) -> None:
+                    step, hidden = Step(index, v, wave[rows]), states.fetch(v, rows)
+                    self._announce_next(states, v, rows, len(wave))
+                    with ExitStack() as watched:
+                        for observer in self.observers:
+                            watched.enter_context(observer.around(step, layer))
+                        hidden = variant.run(index, layer, hidden, **inputs)
+                    states.store(v, rows, hidden)
+
+                yield from self._micro_batches(len(wave), through_layer)
+                del through_layer
+            del layer
+
+        def collect(rows: slice) -> None:
+            hidden = [x.norm(self.weights.norm, states.fetch(v, rows)) for v, x in enumerate(self.variants)]
+            for observer in self.observers:
+                observer.collect(wave[rows], hidden)
+
+        for _ in self._micro_batches(len(wave), collect):
+            pass
+
+    def _backward_wave(self, wave: torch.Tensor, variant: Variant, loss: Loss) -> Iterator[int]:
+        inputs, waiting = self._layer_inputs(), [self._embed(wave, 1, self.weights.checkpoint.num_layers + 1)]
+        for index, layer in self.weights.layers():
+            waiting.append(waiting[-1].empty_like())
+
+            def through_layer(rows: slice, index=index, layer=layer) -> None:
+                with torch.no_grad():
+                    waiting[-1].store(0, rows, variant.run(index, layer, waiting[-2].fetch(0, rows), **inputs))
+
+            yield from self._micro_batches(len(wave), through_layer)
+            del layer, through_layer
+        states = waiting.pop()  # at first what leaves the last layer, then the gradient that arrives at each layer
+
+        def through_loss(rows: slice) -> None:
+            hidden = _leaf(states.fetch(0, rows))
+            with torch.enable_grad():
+                value = loss(wave[rows], variant.norm(self.weights.norm, hidden))
+            states.store(0, rows, _gradients(value, None, hidden, variant.trained(self.weights.family.final_norm)))
+
+        for _ in self._micro_batches(len(wave), through_loss):
+            pass
+        for index, layer in self.weights.layers(backwards=True):
+            below = waiting.pop()
+
+            def back_through_layer(rows: slice, index=index, layer=layer, below=below) -> None:
+                hidden = _leaf(below.fetch(0, rows))
+                with torch.enable_grad():
+                    value = variant.run(index, layer, hidden, **inputs)
+                trained = variant.trained(self.weights.family.prefix(index))
+                states.store(0, rows, _gradients(value, states.fetch(0, rows), hidden, trained))
+
+            yield from self._micro_batches(len(wave), back_through_layer)
+            del layer, below, back_through_layer
+
+    def _my_batches(self) -> list[torch.Tensor]:
+        """Ids of the blocks of this rank's micro-batches: a run of them, rank 0's the longest."""
+        rank, size = ranks.current()
+        batches = torch.arange(len(self.tokens)).split(self.batch)
+        first, last = (-(-r * len(batches) // size) for r in (rank, rank + 1))  # rounded up
+        return list(batches[first:last])
+
+    def _waves(self, at_once: int) -> list[torch.Tensor]:
+        """Ids of the blocks of each wave, in order; at_once: how many hidden states of a block wait at a time."""
+        batches = self._my_batches()
+        if self.weights.resident or not batches:
+            return batches
+        room = HOST_SHARE * free_bytes(torch.device("cpu")) / ranks.on_this_host()
+        per_wave = max(1, int(room // self._state_bytes(len(batches[0]), at_once)))
+        return [torch.cat(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
+
+    def _state_bytes(self, num_blocks: int, at_once: int) -> int:
+        width, itemsize = self.weights.embedding.shape[1], self.weights.precision.residual.itemsize
+        return num_blocks * self.seq_len * width * itemsize * at_once
+
+    def _embed(self, wave: torch.Tensor, variants: int, at_once: int) -> States:
+        """Embedded blocks for each of the variants, where ``at_once`` as large tensors have room."""
+        weights = self.weights
+        ids = self.tokens[wave].to(weights.embedding.device)
+        room = DEVICE_SHARE * free_bytes(self.device, weights.placement.max_bytes)
+        if weights.resident or self.device.type == "cpu" or self._state_bytes(len(wave), at_once) <= room:
+            embedded = weights.embedding[ids].to(self.device)
+            return OnDevice([embedded, *(embedded.clone() for _ in range(variants - 1))])
+        shape = (*ids.shape, weights.embedding.shape[1])
+        waiting = InHostMemory.empty(shape, weights.embedding.dtype, variants, self.device)
+        for value in waiting.values:
+            torch.index_select(weights.embedding, 0, ids.flatten(), out=value.view(-1, value.shape[-1]))
+        return waiting
+
+    def _layer_inputs(self) -> dict:
+        like = torch.empty(0, dtype=self.weights.precision.residual, device=self.device)
+        return {"position_ids": self.positions, "position_embeddings": self.weights.rotary(like, self.positions)}
+
+    def _announce_next(self, states: States, variant: int, rows: slice, count: int) -> None:
+        """Have the next hidden states brought to the device while these are computed."""
+        if rows.stop < count:
+            states.prefetch(variant, slice(rows.stop, min(rows.stop + self.batch, count)))
+        elif variant + 1 < len(self.variants):
+            states.prefetch(variant + 1, slice(0, min(self.batch, count)))
+
+    def _micro_batches(self, count: int, work: Callable[[slice], None]) -> Iterator[int]:
+        """Do ``work(rows)`` for all rows of a wave; where memory runs out, again with half as many, and so from then on."""
+        start = 0
+        while start < count:
+            rows = slice(start, min(start + self.batch, count))
+            try:
+                work(rows)
+            except torch.OutOfMemoryError as error:
+                self._retreat(error)
+                continue
+            yield (rows.stop - rows.start) * self.seq_len
+            start = rows.stop
+
+    def _retreat(self, error: torch.OutOfMemoryError) -> None:
+        if self.batch == 1:
+            raise ScoringError(
+                f"{self.device} has too little memory for one block of {self.seq_len} tokens: {error}. Use shorter "
+                "sequences, raise max_gpu_memory, or free the memory other programs hold."
+            ) from error
+        self.batch //= 2
+        for observer in self.observers:
+            observer.shrink()
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"{self.device} ran out of memory: going on with {self.batch} blocks of {self.seq_len} at once",
+            stacklevel=2,
+        )
+
+
+def _leaf(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.detach().requires_grad_()
+
+
+def _gradients(
+    value: torch.Tensor, arriving: torch.Tensor | None, hidden: torch.Tensor, trained: list[torch.Tensor]
+) -> torch.Tensor:
+    """The gradient for ``hidden``; those for what is trained are added to its ``grad``, all or, if memory is short, none."""
+    of_hidden, *found = torch.autograd.grad(value, [hidden, *trained], arriving)
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return of_hidden
