@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .errors import EaftError
+from .params import NOTEBOOKS, check_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,6 +18,10 @@ def parser() -> argparse.ArgumentParser:
     notebooks = commands.add_parser("notebooks", help="generate every .ipynb from its percent script")
     notebooks.add_argument("--check", action="store_true", help="write nothing; fail if one differs from its source")
     notebooks.set_defaults(run=_notebooks)
+    check = commands.add_parser("check", help="see whether a notebook takes a file of parameters, before it is run")
+    check.add_argument("notebook", choices=NOTEBOOKS)
+    check.add_argument("params", type=Path, help="one file of params/")
+    check.set_defaults(run=_check)
     _add_results(commands)
     _add_kaggle(commands)
     return whole
@@ -115,6 +120,11 @@ def _summary(options) -> int:
     from .report.tables import summary
 
     print(summary(json.loads(options.verdict.read_text())))
+    return 0
+
+
+def _check(options) -> int:
+    check_file(options.notebook, options.params)
     return 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from eaftlib.errors import KaggleError
 from eaftlib.kaggle import ledger, states
 
-PAIRS = list(itertools.product(states.STATES, set(states.STATES) - {states.NEW}))
+PAIRS = list(itertools.product(states.STATES, [s for s in states.STATES if s != states.NEW]))
 FACTS = dict.fromkeys(("notebook", "params_file", "params_sha256", "code_sha256", "commit"), "x")
 
 

@@ -1,6 +1,5 @@
 """From a file of parameters to a push folder: one notebook that carries its parameters, its code and its set-up."""
 
-import ast
 import base64
 import hashlib
 import json
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import nbformat
-import yaml
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from pydantic import Field, field_validator
@@ -118,12 +116,12 @@ class Plan:
 
 
 def read_settings() -> Settings:
-    return Settings.check(_read_yaml(SETTINGS_FILE))
+    return Settings.check(params.read_file(SETTINGS_FILE))
 
 
 def plan(params_file: Path, settings: Settings) -> Plan:
     """Raises ParameterError when the file fits no notebook that can run on Kaggle, or names a path it cannot carry."""
-    values = _read_yaml(params_file)
+    values = params.read_file(params_file)
     try:
         return _plan(params_file, values, settings)
     except ParameterError as error:
@@ -217,15 +215,15 @@ def _require_all_code(wheel: Path, expected: str, folder: Path) -> None:
 
 def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan:
     notebook = _notebook_for(values)
-    if _path(notebook).with_suffix(".py") in notebooks.stale():
-        raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
+    if notebooks.path(notebook).with_suffix(".py") in notebooks.stale():
+        raise ParameterError(f"{notebooks.path(notebook)} differs from its source; run make notebooks")
     # Only what was set: a keep-set that is a label alone must still be one when the notebook reads it.
-    parameters = params.NOTEBOOKS[notebook].check(_defaults(notebook) | values).model_dump(exclude_unset=True)
+    parameters = params.of_notebook(notebook, values).model_dump(exclude_unset=True)
     _require_inside("out_dir", parameters["out_dir"])
     carried = _carried(JOBS[notebook].inputs(parameters), settings)
     code = project.code_sha256()
     digest = _sha256_of(parameters)
-    key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
+    key = _sha256_of([code, sha256(notebooks.path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
     stem = os.path.relpath(params_file.with_suffix("")).removeprefix("params/")
     stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
     run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
@@ -234,24 +232,6 @@ def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan
 
 def _sha256_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ParameterError(
-            f"{path} does not exist; start in the repository's root, and give a file of params/"
-        ) from None
-    except yaml.YAMLError as cause:
-        raise ParameterError(f"{path} is not YAML: {cause}") from cause
-    if not isinstance(values, dict):
-        raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
-    return values
-
-
-def _path(notebook: str) -> Path:
-    return notebooks.FOLDER / f"{notebook}.ipynb"
 
 
 def _notebook_for(values: dict[str, Any]) -> str:
@@ -265,13 +245,6 @@ def _notebook_for(values: dict[str, Any]) -> str:
     raise ParameterError(
         f"its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(JOBS)}"
     )
-
-
-def _defaults(notebook: str) -> dict[str, Any]:
-    """Names and values of the cell marked as parameters."""
-    cells = nbformat.read(_path(notebook), 4).cells
-    source = next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
 def _carried(inputs: Sequence[Input], settings: Settings) -> list[Carried]:
@@ -340,7 +313,7 @@ def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> d
 
 def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookNode:
     """Set-up cells, the notebook with its parameters, and a last cell that hands the result over."""
-    inner = parameterize_notebook(load_notebook_node(str(_path(what.notebook))), what.parameters)
+    inner = parameterize_notebook(load_notebook_node(str(notebooks.path(what.notebook))), what.parameters)
     for number, cell in enumerate(inner.cells):  # the same bytes for the same run
         cell["id"] = f"cell-{number:02}"
         cell.metadata.pop("papermill", None)
