@@ -641,7 +641,9 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
 
     shutil.copytree(entry.result_folder, here / "o" / "rank")
     keep = {"ranking": "o/rank/ranking.json", "criterion": "reap", "keep_n": 4}
-    sweep = write_params(here, "sweep", label=None, keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24])
+    sweep = write_params(
+        here, "sweep", label=None, keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24]
+    )
     (entry,) = pushing.push([Path(sweep)], service)
     version = server.wait(entry.run)
     (entry,) = pulling.pull(service)

@@ -729,7 +729,9 @@ def test_a_result_that_lacks_a_pack_is_a_failure_also_where_none_is_named(here, 
 def asked(**changes):
     """An entry of an evaluation that asked for these."""
     keep = [{"label": "base"}, {"label": "half", "ranking": "r", "criterion": "reap", "keep_n": 6} | changes]
-    return types.SimpleNamespace(notebook="03_evaluate", code_sha256="c", params=TINY_DEFAULTS | {"keep_set": keep})
+    return types.SimpleNamespace(
+        notebook="03_evaluate", code_sha256="c", params=TINY_DEFAULTS | {"label": None, "keep_set": keep}
+    )
 
 
 TINY_DEFAULTS = TINY | {
