@@ -17,7 +17,9 @@ $(READY): requirements.txt pyproject.toml
 
 # $(call execute,NOTEBOOK,PARAMS FILE): the executed copy goes to outputs/executed/, named after its parameters.
 executed = outputs/executed/$(patsubst params/%.yaml,%,$(1))
+# papermill writes the names in the file into a cell, as they are: they are looked at first.
 define execute
+	$(PY) -m eaftlib check $(1) $(2)
 	mkdir -p $(dir $(call executed,$(2)))
 	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)).ipynb -f $(2)
 endef

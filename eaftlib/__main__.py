@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .errors import EaftError
+from .params import NOTEBOOKS, check_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,6 +18,10 @@ def parser() -> argparse.ArgumentParser:
     notebooks = commands.add_parser("notebooks", help="generate every .ipynb from its percent script")
     notebooks.add_argument("--check", action="store_true", help="write nothing; fail if one differs from its source")
     notebooks.set_defaults(run=_notebooks)
+    check = commands.add_parser("check", help="see whether a notebook takes a file of parameters, before it is run")
+    check.add_argument("notebook", choices=NOTEBOOKS)
+    check.add_argument("params", type=Path, help="one file of params/")
+    check.set_defaults(run=_check)
     _add_results(commands)
     _add_kaggle(commands)
     return whole
@@ -86,35 +91,40 @@ def _kaggle_build(options) -> int:
 
 
 def _kaggle_push(options) -> int:
-    from .kaggle import driver
+    from .kaggle import pushing
     from .kaggle.service import Service
 
-    pushed = driver.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
+    pushed = pushing.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
     return int(any(entry.state == "failed" for entry in pushed))
 
 
 def _kaggle_status(options) -> int:
-    from .kaggle import driver
+    from .kaggle import following
     from .kaggle.service import Service
 
     service = Service()
-    for entry in driver.follow(service, options.runs):
-        print(driver.describe(entry))
+    for entry in following.follow(service, options.runs):
+        print(following.describe(entry))
     print(service.quota())
     return 0
 
 
 def _kaggle_pull(options) -> int:
-    from .kaggle import driver
+    from .kaggle import pulling
     from .kaggle.service import Service
 
-    return int(any(entry.state == "failed" for entry in driver.pull(Service(), options.runs)))
+    return int(any(entry.state == "failed" for entry in pulling.pull(Service(), options.runs)))
 
 
 def _summary(options) -> int:
     from .report.tables import summary
 
     print(summary(json.loads(options.verdict.read_text())))
+    return 0
+
+
+def _check(options) -> int:
+    check_file(options.notebook, options.params)
     return 0
 
 

@@ -1,8 +1,24 @@
 """Paired notebooks: the percent script is the source, the .ipynb beside it is generated from it, without outputs."""
 
+import ast
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path("notebooks")
+
+
+def path(name: str) -> Path:
+    """The .ipynb of a notebook, by its name."""
+    return FOLDER / f"{name}.ipynb"
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Names and values of a notebook's cell that is tagged as parameters."""
+    import nbformat
+
+    cells = nbformat.read(path(name), nbformat.NO_CONVERT).cells
+    source = next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
 def generated(source: Path) -> str:

@@ -2,10 +2,12 @@
 
 import ast
 import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from . import notebooks
 from .errors import ParameterError
 from .pruning.criteria import CRITERIA, RANDOM
 
@@ -48,8 +50,13 @@ class Parameters(BaseModel):
         is found although the notebook defines a default under the right name.
         """
         namespace, executed = shell.user_ns, shell.user_ns["In"]
-        names = set(cls.model_fields)
-        names |= _assigned_names(next((cell for cell in reversed(executed) if cell.lstrip().startswith(MARK)), ""))
+        cells = [cell for cell in executed if cell.lstrip().startswith(MARK)]
+        if not cells:
+            raise ParameterError(
+                f"parameters: no cell that was run begins with the line {MARK!r}, so that a misspelt name would not be seen. "
+                "Let the cell that sets them begin with it, and run it."
+            )
+        names = set(cls.model_fields) | _assigned_names(cells[-1])
         return cls.check({name: namespace[name] for name in names if name in namespace})
 
 
@@ -172,6 +179,50 @@ class Report(Parameters):
     baseline: str
     gates: str
     out_dir: str
+
+
+NOTEBOOKS = {"01_rank": Rank, "02_prune": Prune, "03_evaluate": Evaluate, "04_report": Report}
+
+
+def of_notebook(notebook: str, values: dict[str, Any]) -> Parameters:
+    """A notebook's parameters with some values set. Raises ParameterError for the first that is wrong or unknown."""
+    return NOTEBOOKS[notebook].check(notebooks.defaults(notebook) | values)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Names and values of a file of parameters. Raises ParameterError when it is none, or gives a name twice.
+
+    Names are not looked at. papermill writes them into a cell as they are, so whoever hands them on checks them first.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            names = [self.construct_object(name) for name, _ in node.value]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(path.read_text(), Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise ParameterError(
+            f"{path} does not exist; start in the repository's root, and give a file of params/"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise ParameterError(f"{path} is not YAML: {cause}") from cause
+    if not isinstance(values, dict):
+        raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
+    return values
+
+
+def check_file(notebook: str, path: Path) -> None:
+    """Raises ParameterError, which names the file, unless it holds parameters of the notebook."""
+    values = read_file(path)
+    try:
+        of_notebook(notebook, values)
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from None
 
 
 def _assigned_names(source: str) -> set[str]:

@@ -158,9 +158,9 @@ def wheel(tmp_path_factory):
 def here(project, server, play, wheel, monkeypatch, tmp_path):
     """Work in the project folder with a client that can only reach the loopback server, whose sessions are played."""
     server.session = play
-    from eaftlib.kaggle import build, driver
+    from eaftlib.kaggle import build, pushing
 
-    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=0.3))
+    monkeypatch.setattr(pushing, "SETTLE", timedelta(seconds=0.3))
     monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)  # once is enough
     monkeypatch.chdir(project)
     home = tmp_path / "home"

@@ -24,7 +24,8 @@ from eaftlib import params
 from eaftlib import project as code
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import build, driver, ledger, outcome, setup_cell
+from eaftlib.kaggle import build, ledger, outcome, pulling, pushing, setup_cell
+from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import Service
 
 ROOT = Path(__file__).parents[1]
@@ -153,13 +154,13 @@ def test_what_a_notebook_gets_passes_its_own_check(here, file):
         name: value for name, value in said.items() if name != "keep_set"
     }
     if kind is params.Evaluate:
-        expected = kind.check(build._defaults("03_evaluate") | said)
+        expected = params.of_notebook("03_evaluate", said)
         assert found.keep_sets == expected.keep_sets and found == expected
 
 
 def test_a_notebook_that_kaggle_would_refuse_is_not_built(here, monkeypatch):
     monkeypatch.setattr(build, "NOTEBOOK_LIMIT", 100_000)
-    with pytest.raises(KaggleError, match=r"the notebook has 1\d\d,\d\d\d bytes; Kaggle takes 100,000"):
+    with pytest.raises(KaggleError, match=r"the notebook has [12]\d\d,\d\d\d bytes; Kaggle takes 100,000"):
         build_run()
 
 
@@ -181,7 +182,7 @@ def test_rankings_are_carried_once_each_with_their_sums(here, given):
     for name in ("ranking.json", "saliency.parquet", "trace.safetensors"):
         (here / "tiny" / "rank" / name).write_text(name)
     keep = {"ranking": given, "criterion": "reap", "keep_n": 4}
-    build_run(keep_set=[{"label": "base"}, {"label": "a"} | keep, {"label": "b"} | keep])
+    build_run(label=None, keep_set=[{"label": "base"}, {"label": "a"} | keep, {"label": "b"} | keep])
     stored = sorted(f.name for f in (here / "built" / "files").glob("tiny__*") if "model" not in f.name)
     assert stored == ["tiny__packs__pack_a.parquet", "tiny__packs__pack_b.parquet", "tiny__packs__pack_c.parquet",
                       "tiny__rank__ranking.json", "tiny__rank__saliency.parquet"]  # fmt: skip
@@ -620,13 +621,13 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     file = here / "params" / "rank.yaml"
     file.write_text(yaml.safe_dump(values))
     service = Service()
-    (entry,) = driver.push([Path("params/rank.yaml")], service)
+    (entry,) = pushing.push([Path("params/rank.yaml")], service)
     version = server.wait(entry.run)
     assert version.request.get("enableInternet") is False and run_of(version)["internet"] is False
-    (entry,) = driver.pull(service)
+    (entry,) = pulling.pull(service)
     assert entry.state == "verified", entry.steps[-1].note + version.log
     assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
-    ranking = json.loads((driver.result_folder(entry) / "ranking.json").read_text())
+    ranking = json.loads((entry.result_folder / "ranking.json").read_text())
     assert set(ranking["criteria"]) == {"reap", "frequency"}
     for where, name, value in [
         ("provenance", "model_id", "tiny/other"),
@@ -636,15 +637,27 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
         changed = here / "ranking.json"
         changed.write_text(json.dumps(ranking | {where: ranking[where] | {name: value}}))
         with pytest.raises(ResultError, match=f"ranking.json: {name if where == 'provenance' else where} "):
-            outcome._check_result(changed, entry)
+            JOBS["01_rank"].verify(changed, entry)
 
-    shutil.copytree(driver.result_folder(entry), here / "o" / "rank")
+    shutil.copytree(entry.result_folder, here / "o" / "rank")
     keep = {"ranking": "o/rank/ranking.json", "criterion": "reap", "keep_n": 4}
-    sweep = write_params(here, "sweep", keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24])
-    (entry,) = driver.push([Path(sweep)], service)
+    sweep = write_params(
+        here, "sweep", label=None, keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24]
+    )
+    (entry,) = pushing.push([Path(sweep)], service)
     version = server.wait(entry.run)
-    (entry,) = driver.pull(service)
+    (entry,) = pulling.pull(service)
     assert entry.state == "verified", entry.steps[-1].note + version.log
-    base, pruned = results.read_all([str(driver.result_folder(entry))])
+    base, pruned = results.read_all([str(entry.result_folder)])
     assert (base.label, pruned.label) == ("base", "reap-4")
     assert base.meta["keep_set"] is None and pruned.meta["keep_set"]["criterion"] == "reap"
+
+
+def test_no_name_of_a_file_is_executed_on_the_way_to_a_notebook(here):
+    """papermill's injection would take it for code; a name is refused before a notebook is made."""
+    hostile = "model = 'x'; __import__('pathlib').Path('owned').touch(); y"
+    file = Path("params/hostile.yaml")
+    file.write_text(f'"{hostile}": 1\nlabel: base\n')
+    with pytest.raises(ParameterError, match=r"params/hostile\.yaml: its names .*fit no notebook"):
+        build.plan(file, build.read_settings())
+    assert not list(here.rglob("owned"))

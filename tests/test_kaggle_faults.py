@@ -25,7 +25,8 @@ from kaggle_server import (
 
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import driver, ledger, outcome
+from eaftlib.kaggle import following, ledger, pulling, pushing
+from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import LimitReached, Service
 
 
@@ -38,7 +39,7 @@ def files_of(project, *names):
 
 
 def push(project, *names, **options):
-    return driver.push(files_of(project, *names), impatient(), poll_seconds=0.02, **options)
+    return pushing.push(files_of(project, *names), impatient(), poll_seconds=0.02, **options)
 
 
 def push_one(project, server):
@@ -70,7 +71,7 @@ BURSTS = [
 def test_bursts_of_faults_are_waited_out(here, server, method, faults):
     server.inject(method, *faults)
     run = push_one(here, server)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "verified" and len(server.kernels[run]) == 1
     assert server.injected == list(map(str, faults))
 
@@ -89,9 +90,9 @@ def test_tries_are_further_and_further_apart_and_as_the_service_asks(here, serve
 def test_downloads_are_whole_or_repeated(here, server, faults):
     run = push_one(here, server)
     server.inject("GET", *faults)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "verified" and len(server.injected) == len(faults)
-    assert not list(driver.result_folder(entry).glob(".*")) and entry.run == run
+    assert not list(entry.result_folder.glob(".*")) and entry.run == run
 
 
 @pytest.mark.parametrize("fault", ["drop before", "drop after", 429, 500, 503, "html", "hang"])
@@ -101,7 +102,7 @@ def test_a_push_without_an_answer_is_not_made_twice(here, server, fault):
     run = push_one(here, server)
     assert len(server.kernels) == 1 and len(server.kernels[run]) == 1
     assert ledger.find(run).version == 1
-    assert [e.state for e in driver.pull(impatient())] == ["verified"]
+    assert [e.state for e in pulling.pull(impatient())] == ["verified"]
 
 
 def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
@@ -109,10 +110,10 @@ def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
     push_one(here, server)
     said = []
     with pytest.raises(KaggleError):
-        driver.pull(impatient(), say=said.append)
+        pulling.pull(impatient(), say=said.append)
     assert "status: 500: injected, with your key ***" in said[0] and KEY not in said[0]
     server.faults.clear()
-    assert [e.state for e in driver.pull(impatient())] == ["verified"]
+    assert [e.state for e in pulling.pull(impatient())] == ["verified"]
 
 
 def test_credentials_that_are_not_accepted_leave_the_run_queued(here, server):
@@ -129,7 +130,7 @@ def test_credentials_that_are_not_accepted_leave_the_run_queued(here, server):
 @pytest.mark.parametrize("lag", [1, 3])
 def test_a_kernel_that_shows_itself_late_is_not_pushed_twice(here, server, monkeypatch, lag):
     """The answer was lost, and the service denies for a while that there is such a kernel."""
-    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=20))
+    monkeypatch.setattr(pushing, "SETTLE", timedelta(seconds=20))
     server.inject("SaveKernel", "drop after")
     server.on_call = lambda method, phase: (
         (method, phase) == ("SaveKernel", "after") and server.inject("GetKernel", *["unknown"] * lag)
@@ -141,7 +142,7 @@ def test_a_kernel_that_shows_itself_late_is_not_pushed_twice(here, server, monke
 
 def test_two_pushes_without_an_answer_are_each_waited_for(here, server, monkeypatch):
     """The first did not arrive; the second did, and shows itself late."""
-    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=2))
+    monkeypatch.setattr(pushing, "SETTLE", timedelta(seconds=2))
     server.inject("SaveKernel", "drop before", "drop after")
     hide = lambda *_: server.inject("GetKernel", *["unknown"] * 9)  # noqa: E731
     server.on_call = lambda method, phase: (method, phase) == ("SaveKernel", "after") and hide()
@@ -150,7 +151,7 @@ def test_two_pushes_without_an_answer_are_each_waited_for(here, server, monkeypa
 
 
 def test_a_push_that_arrives_after_the_client_gave_up_is_not_repeated(here, server, monkeypatch):
-    monkeypatch.setattr(driver, "SETTLE", timedelta(seconds=20))
+    monkeypatch.setattr(pushing, "SETTLE", timedelta(seconds=20))
     server.inject("SaveKernel", "late")
     run = push_one(here, server)
     assert server.injected == ["late"] and len(server.kernels[run]) == 1
@@ -192,8 +193,8 @@ LIMITS = ["Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU q
 @pytest.mark.parametrize("text", LIMITS)
 def test_at_a_limit_it_waits(here, server, monkeypatch, text):
     """For a session a poll at a time; for the week's quota much longer."""
-    waits, sleep = [], driver.time.sleep
-    monkeypatch.setattr(driver.time, "sleep", lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.05))))
+    waits, sleep = [], pushing.time.sleep
+    monkeypatch.setattr(pushing.time, "sleep", lambda seconds: (waits.append(seconds), sleep(min(seconds, 0.05))))
     server.refusals.extend([text] * 3)
     said = []
     (entry,) = push(here, "eval", say=said.append)
@@ -232,7 +233,7 @@ def test_a_batch_keeps_two_sessions_going(here, server, play):
     for run in server.kernels:
         server.wait(run)
     assert server.most_sessions == 2 and len(server.kernels) == 6
-    assert [e.state for e in driver.pull(impatient())] == ["verified"] * 6
+    assert [e.state for e in pulling.pull(impatient())] == ["verified"] * 6
 
 
 def test_an_interrupted_wait_says_that_it_can_be_repeated(here, server, tmp_path):
@@ -253,7 +254,7 @@ def test_two_terminals_push_each_run_once(here, server):
     files = files_of(here, *(f"eval-{i}" for i in range(4)))
 
     def terminal(files):
-        driver.push(files, impatient(), poll_seconds=0.02, say=lambda line: None)
+        pushing.push(files, impatient(), poll_seconds=0.02, say=lambda line: None)
 
     terminals = [threading.Thread(target=terminal, args=(order,)) for order in (files, files[::-1])]
     for terminal in terminals:
@@ -267,7 +268,7 @@ def test_two_terminals_push_each_run_once(here, server):
 def test_another_setting_or_another_file_is_another_run(here, server):
     runs = {push(here, "eval")[0].run}
     (here / "params" / "tiny" / "eval.yaml").unlink()
-    runs |= {driver.push([Path(write_params(here, "eval", num_blocks=2))], impatient(), poll_seconds=0.02)[0].run}
+    runs |= {pushing.push([Path(write_params(here, "eval", num_blocks=2))], impatient(), poll_seconds=0.02)[0].run}
     (here / "tiny" / "packs").unlink()
     import world
 
@@ -346,11 +347,11 @@ def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, 
     server.session = lambda version: play(version, change=change)
     run = push_one(here, server)
     said = []
-    (entry,) = driver.pull(impatient(), say=said.append)
+    (entry,) = pulling.pull(impatient(), say=said.append)
     assert entry.state == "failed" and words in entry.steps[-1].note, entry.steps[-1].note
     assert words in said[0]
-    assert not driver.result_folder(entry).exists()
-    assert (driver.failed_folder(entry, 1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
+    assert not entry.result_folder.exists()
+    assert (entry.failed_folder(1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
 
 
 @pytest.mark.parametrize("name", ["base.json", "base.tokens.parquet"])
@@ -358,7 +359,7 @@ def test_files_of_another_session_are_not_taken_for_the_runs(here, server, name)
     """The outcome is this run's; one file beside it is not, sound as it may look."""
     file = server.latest(push_one(here, server)).working / name
     file.write_bytes(file.read_bytes().replace(b'"python": "3', b'"python": "4')[: -1 if name.endswith("t") else None])
-    assert f"{name} is not the file that the session wrote" in driver.pull(impatient())[0].steps[-1].note
+    assert f"{name} is not the file that the session wrote" in pulling.pull(impatient())[0].steps[-1].note
 
 
 @pytest.mark.parametrize("status", [404, 200])
@@ -367,10 +368,10 @@ def test_a_404_page_is_not_a_result(here, server, name, status):
     """With the status of one or, as proxies do, with another."""
     push_one(here, server)
     server.missing_files[name] = status
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     words = {404: f"{name}: Kaggle answered 404: 404 We can't find that page.", 200: name}
     assert entry.state == "failed" and words[status] in entry.steps[-1].note
-    folder = driver.failed_folder(entry, 1)
+    folder = entry.failed_folder(1)
     kept = [f.name for f in folder.iterdir() if NOT_FOUND_PAGE in f.read_bytes()]
     assert kept == ([name] if status == 200 else []) and (folder / "session.log").is_file()
 
@@ -390,7 +391,7 @@ def test_a_session_without_any_output_keeps_its_log_and_shows_the_last_traceback
     server.session = dies
     push_one(here, server)
     said = []
-    (entry,) = driver.pull(impatient(), say=said.append)
+    (entry,) = pulling.pull(impatient(), say=said.append)
     assert "eaft_run.json does not exist" in entry.steps[-1].note and entry.steps[-1].note.startswith("ERROR")
     assert said[1].split() == "Traceback (most recent call last): two MemoryError: of the image".split()
 
@@ -398,13 +399,13 @@ def test_a_session_without_any_output_keeps_its_log_and_shows_the_last_traceback
 def test_a_cancelled_session_is_a_failure(here, server):
     server.session = lambda version: "CANCEL_ACKNOWLEDGED"
     push_one(here, server)
-    assert driver.pull(impatient())[0].steps[-1].note.startswith("CANCEL_ACKNOWLEDGED")
+    assert pulling.pull(impatient())[0].steps[-1].note.startswith("CANCEL_ACKNOWLEDGED")
 
 
 def test_stale_running_is_waited_for(here, server):
     run = push_one(here, server)
     server.latest(run).stale = 2
-    seen = [driver.pull(impatient())[0].state for _ in range(3)]
+    seen = [pulling.pull(impatient())[0].state for _ in range(3)]
     assert seen == ["running", "running", "verified"]
 
 
@@ -420,30 +421,30 @@ def backdate(run, **age):
 def test_running_long_after_the_sessions_limit_is_not_believed(here, server):
     run = push_one(here, server)
     server.latest(run).stale = 99
-    assert driver.pull(impatient())[0].state == "running"
+    assert pulling.pull(impatient())[0].state == "running"
     backdate(run, hours=11)
-    assert driver.pull(impatient())[0].state == "running"
+    assert pulling.pull(impatient())[0].state == "running"
     backdate(run, hours=12)
-    assert driver.pull(impatient())[0].state == "verified"  # the output was there all along
+    assert pulling.pull(impatient())[0].state == "verified"  # the output was there all along
 
 
 def test_a_kernel_that_is_gone_is_a_failure_but_not_at_once(here, server):
     run = push_one(here, server)
     del server.kernels[run]
-    assert driver.pull(impatient())[0].state == "submitted"
-    assert driver.pull(impatient())[0].state == "submitted"
+    assert pulling.pull(impatient())[0].state == "submitted"
+    assert pulling.pull(impatient())[0].state == "submitted"
     backdate(run, minutes=16)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and entry.steps[-1].note.startswith("the service has no such kernel")
 
 
 def test_a_running_session_that_is_denied_once_is_not_given_up(here, server):
     run = push_one(here, server)
     server.latest(run).stale = 2
-    assert driver.pull(impatient())[0].state == "running"
+    assert pulling.pull(impatient())[0].state == "running"
     backdate(run, hours=5)
     server.inject("GetKernelSessionStatus", "unknown")
-    assert [driver.pull(impatient())[0].state for _ in range(3)] == ["running", "running", "verified"]
+    assert [pulling.pull(impatient())[0].state for _ in range(3)] == ["running", "running", "verified"]
     assert ledger.find(run).unknown_since is None
 
 
@@ -451,13 +452,13 @@ def test_a_session_that_was_given_up_as_overdue_stays_so_while_it_says_running(h
     """Each look must not begin another half day of waiting."""
     run = push_one(here, server)
     server.latest(run).stale = 99
-    driver.pull(impatient())
+    pulling.pull(impatient())
     server.extra_files = {"../x": b""}
     backdate(run, hours=13)
-    assert driver.pull(impatient())[0].state == "failed"
-    assert driver.pull(impatient(), [run])[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient(), [run])[0].state == "failed"
     server.extra_files = {}
-    assert driver.pull(impatient(), [run])[0].state == "verified"
+    assert pulling.pull(impatient(), [run])[0].state == "verified"
 
 
 def test_a_push_whose_answer_was_lost_is_found_by_status_too(here, server):
@@ -469,10 +470,10 @@ def test_a_push_whose_answer_was_lost_is_found_by_status_too(here, server):
     with pytest.raises(KaggleError, match=r"1 run\(s\) wait"):
         push(here, "eval", at_limit="stop")
     (entry,) = ledger.entries()
-    assert "whether it arrived is not known: repeat make kaggle-push" in driver.describe(entry)
-    assert [e.state for e in driver.follow(impatient())] == ["pushing"]
+    assert "whether it arrived is not known: repeat make kaggle-push" in following.describe(entry)
+    assert [e.state for e in following.follow(impatient())] == ["pushing"]
     server.wait(entry.run)
-    assert [e.state for e in driver.pull(impatient())] == ["verified"] and len(server.kernels[entry.run]) == 1
+    assert [e.state for e in pulling.pull(impatient())] == ["verified"] and len(server.kernels[entry.run]) == 1
 
 
 def test_a_status_that_cannot_be_had_holds_up_neither_the_others_nor_a_free_session(here, server):
@@ -484,7 +485,7 @@ def test_a_status_that_cannot_be_had_holds_up_neither_the_others_nor_a_free_sess
     server.wait(second.run)
     server.inject("GetKernelSessionStatus", *[500] * 8)
     said = []
-    assert [e.run for e in driver.follow(impatient(), say=said.append)] == [second.run] and first.run in said[0]
+    assert [e.run for e in following.follow(impatient(), say=said.append)] == [second.run] and first.run in said[0]
 
 
 def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, play):
@@ -493,14 +494,14 @@ def test_the_end_of_the_attempt_before_is_not_taken_for_this_ones(here, server, 
         version, status="ERROR", change=lambda f, c: c.update(status="failed", error="E: x")
     )
     run = push_one(here, server)
-    assert driver.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "failed"
     server.session = play
     push(here, "eval", resume=True)
     server.wait(run)
     newest = server.kernels[run].pop()
-    assert driver.pull(impatient())[0].state == "submitted"
+    assert pulling.pull(impatient())[0].state == "submitted"
     server.kernels[run].append(newest)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "verified" and entry.attempt == 2 and entry.version == 2
 
 
@@ -508,23 +509,23 @@ def test_an_attempt_before_that_left_nothing_is_not_taken_for_this_one(here, ser
     """The first session left no outcome at all; right after the second push, the service still shows that."""
     server.session = lambda version: "ERROR"
     run = push_one(here, server)
-    assert driver.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "failed"
     server.session = play
     push(here, "eval", resume=True)
     server.wait(run)
     newest = server.kernels[run].pop()
-    assert driver.pull(impatient())[0].state == "submitted"
+    assert pulling.pull(impatient())[0].state == "submitted"
     backdate(run, minutes=16)
-    assert driver.pull(impatient())[0].state == "failed"  # by then it is this one's
+    assert pulling.pull(impatient())[0].state == "failed"  # by then it is this one's
     server.kernels[run].append(newest)
-    assert driver.pull(impatient(), [run])[0].state == "verified"
+    assert pulling.pull(impatient(), [run])[0].state == "verified"
 
 
 def test_a_session_first_seen_running_after_a_long_queue_is_alive(here, server):
     run = push_one(here, server)
     server.latest(run).stale = 99
     backdate(run, hours=13)
-    assert driver.pull(impatient())[0].state == "running"
+    assert pulling.pull(impatient())[0].state == "running"
 
 
 @pytest.mark.parametrize("name", ["eaft_run.json", "base.json", "base.tokens.parquet"])
@@ -538,32 +539,32 @@ def test_a_file_that_was_refused_for_a_moment_is_fetched_with_its_next_address(h
             server.missing_files.clear()
 
     server.missing_files[name], server.on_call = 404, heals
-    assert driver.pull(impatient())[0].state == "verified" and len(listed) == 2
+    assert pulling.pull(impatient())[0].state == "verified" and len(listed) == 2
 
 
 def test_a_run_that_was_given_up_is_looked_at_again_when_it_is_named(here, server):
     """A bad hour of the service must not cost a session that has ended well."""
     run = push_one(here, server)
     server.missing_files["base.tokens.parquet"] = 404
-    assert driver.pull(impatient())[0].state == "failed"
-    assert driver.pull(impatient()) == []
-    assert driver.pull(impatient(), [run])[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient()) == []
+    assert pulling.pull(impatient(), [run])[0].state == "failed"
     server.missing_files.clear()
-    (entry,) = driver.pull(impatient(), [run])
+    (entry,) = pulling.pull(impatient(), [run])
     assert entry.state == "verified" and len(server.kernels[run]) == 1
-    shutil.rmtree(driver.result_folder(entry))
-    assert driver.pull(impatient(), [run])[0].state == "verified" and driver.result_folder(entry).is_dir()
+    shutil.rmtree(entry.result_folder)
+    assert pulling.pull(impatient(), [run])[0].state == "verified" and entry.result_folder.is_dir()
     calls = len(server.calls)
-    assert driver.pull(impatient(), [run])[0].state == "verified" and len(server.calls) == calls
+    assert pulling.pull(impatient(), [run])[0].state == "verified" and len(server.calls) == calls
 
 
 def test_a_second_download_that_is_worse_does_not_replace_the_first(here, server, play):
     server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
     run = push_one(here, server)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     server.missing_files["eaft_run.json"] = 404
-    assert driver.pull(impatient(), [run])[0].state == "failed"
-    assert (driver.failed_folder(entry, 1) / "eaft_run.json").is_file()
+    assert pulling.pull(impatient(), [run])[0].state == "failed"
+    assert (entry.failed_folder(1) / "eaft_run.json").is_file()
 
 
 def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
@@ -572,8 +573,8 @@ def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
     other = impatient()
     other.owner = "other"
     said = []
-    assert driver.pull(other, say=said.append) == [] and said == ["nothing to pull: no runs"]
-    for call in (lambda: driver.pull(other, [run]), lambda: driver.push(files_of(here, "eval"), other)):
+    assert pulling.pull(other, say=said.append) == [] and said == ["nothing to pull: no runs"]
+    for call in (lambda: pulling.pull(other, [run]), lambda: pushing.push(files_of(here, "eval"), other)):
         with pytest.raises(KaggleError, match=f"{run} is a run of tester, and the credentials are of other"):
             call()
     assert states(run) == ["queued", "pushing", "submitted"]
@@ -598,7 +599,7 @@ def test_a_session_that_still_computes_is_not_pushed_again(here, server):
 def test_a_resumed_run_gets_the_present_settings(here, server, play):
     server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
     run = push_one(here, server)
-    driver.pull(impatient())
+    pulling.pull(impatient())
     settings = here / "params" / "kaggle.yaml"
     settings.write_text(settings.read_text().replace("session_hours: 11.5", "session_hours: 3"))
     server.session = play
@@ -617,7 +618,7 @@ def test_damaged_partial_results_are_not_carried_along(here, server, play, name,
 
     server.session = lambda version: play(version, change=damage)
     run = push_one(here, server)
-    driver.pull(impatient())
+    pulling.pull(impatient())
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 
@@ -634,9 +635,9 @@ def test_a_parquet_with_damaged_pages_is_not_carried_along(here, server, play):
 
     server.session = lambda version: play(version, change=damage)
     run = push_one(here, server)
-    driver.pull(impatient())
+    pulling.pull(impatient())
     with pytest.raises(ResultError, match=r"base\.tokens\.parquet cannot be read"):
-        results.read_tokens(driver.failed_folder(ledger.find(run), 1) / "base.tokens.parquet")
+        results.read_tokens(ledger.find(run).failed_folder(1) / "base.tokens.parquet")
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 
@@ -648,28 +649,28 @@ def test_one_run_that_cannot_be_asked_about_does_not_hold_up_the_others(here, se
     server.inject("GetKernelSessionStatus", *[500] * 8)
     said = []
     with pytest.raises(KaggleError, match=f"^not pulled: {first.run}"):
-        driver.pull(impatient(), say=said.append)
+        pulling.pull(impatient(), say=said.append)
     assert [ledger.find(e.run).state for e in (first, second)] == ["submitted", "verified"]
 
 
 def test_a_kernel_that_is_gone_after_its_end_is_a_failure(here, server):
     run = push_one(here, server)
-    assert driver.follow(impatient())[0].state == "ended"
+    assert following.follow(impatient())[0].state == "ended"
     del server.kernels[run]
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and "has no output, or is not there" in entry.steps[-1].note
 
 
 def test_what_the_client_will_not_send_is_a_refusal_and_the_others_go_on(here, server, monkeypatch):
-    real = driver._enqueue
+    real = pushing._enqueue
 
     def and_lose(plan, *rest):  # the push folder of one of them
         entry = real(plan, *rest)
         if "eval-a" in entry.run:
-            shutil.rmtree(driver.push_folder(entry))
+            shutil.rmtree(entry.push_folder)
         return entry
 
-    monkeypatch.setattr(driver, "_enqueue", and_lose)
+    monkeypatch.setattr(pushing, "_enqueue", and_lose)
     first, second = push(here, "eval-a", "eval-b")
     assert first.state == "failed" and "Invalid folder" in first.steps[-1].note and second.state == "submitted"
 
@@ -681,7 +682,7 @@ def test_what_was_queued_for_older_parameters_is_mentioned(here, server):
     (old,) = ledger.entries()
     (here / old.params_file).write_text((here / old.params_file).read_text().replace("num_blocks: 3", "num_blocks: 2"))
     said = []
-    driver.push([Path(old.params_file)], impatient(), poll_seconds=0.02, say=said.append)
+    pushing.push([Path(old.params_file)], impatient(), poll_seconds=0.02, say=said.append)
     assert f"{old.run}  of {old.params_file} as it was is still queued; remove kaggle_runs/{old.run}" in said
 
 
@@ -690,7 +691,7 @@ def test_results_of_older_code_that_could_be_resumed_are_mentioned(here, server,
 
     server.session = lambda version: play(version, change=lambda f, c: c.update(status="failed", error="E: x"))
     run = push_one(here, server)
-    driver.pull(impatient())
+    pulling.pull(impatient())
     monkeypatch.setattr(project, "code_sha256", lambda package=None: "other")
     said = []
     push(here, "eval", say=said.append)
@@ -708,27 +709,29 @@ def test_a_copy_of_a_runs_folder_is_no_run(here, server):
     run = push_one(here, server)
     shutil.copytree(ledger.folder(run), ledger.folder("backup"))
     with pytest.raises(KaggleError, match=f"backup/run.json is of the run {run}"):
-        driver.pull(impatient())
+        pulling.pull(impatient())
 
 
 def test_a_log_of_another_shape_is_kept_as_it_is():
     for log in ("plain text", "[1, 2]", '{"a": 1}', '["a"]'):
-        assert driver.readable_log(log) == log
-    assert driver.readable_log('[{"data": "a"}, {"time": 1}]') == "a"
+        assert pulling.readable_log(log) == log
+    assert pulling.readable_log('[{"data": "a"}, {"time": 1}]') == "a"
 
 
 def test_a_result_that_lacks_a_pack_is_a_failure_also_where_none_is_named(here, server):
     """only: null means every pack and UNION; what is there has UNION and pack_a."""
-    (entry,) = driver.push([Path(write_params(here, "eval", only=None))], impatient())
+    (entry,) = pushing.push([Path(write_params(here, "eval", only=None))], impatient())
     server.wait(entry.run)
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and "base.json has no pack_b at 24" in entry.steps[-1].note
 
 
 def asked(**changes):
     """An entry of an evaluation that asked for these."""
     keep = [{"label": "base"}, {"label": "half", "ranking": "r", "criterion": "reap", "keep_n": 6} | changes]
-    return types.SimpleNamespace(notebook="03_evaluate", code_sha256="c", params=TINY_DEFAULTS | {"keep_set": keep})
+    return types.SimpleNamespace(
+        notebook="03_evaluate", code_sha256="c", params=TINY_DEFAULTS | {"label": None, "keep_set": keep}
+    )
 
 
 TINY_DEFAULTS = TINY | {
@@ -756,7 +759,7 @@ def test_the_keep_set_is_the_one_that_was_asked_for(scored, tmp_path, label, cho
     content["meta"] |= {"label": label, "keep_set": chosen, "code_sha256": "c", "num_experts": 8, "top_k": 2}
     (tmp_path / f"{label}.json").write_text(json.dumps(content))
     with pytest.raises(ResultError, match=words) if words else contextlib.nullcontext():
-        outcome._check_evaluation(tmp_path / f"{label}.json", entry)
+        JOBS["03_evaluate"].verify(tmp_path / f"{label}.json", entry)
 
 
 def test_a_token_in_the_log_is_not_kept(here, server, play):
@@ -767,8 +770,8 @@ def test_a_token_in_the_log_is_not_kept(here, server, play):
 
     server.session = talks
     run = push_one(here, server)
-    (entry,) = driver.pull(impatient())
-    assert (driver.result_folder(entry) / "session.log").read_text() == "401 for ***, with ***\n" and run
+    (entry,) = pulling.pull(impatient())
+    assert (entry.result_folder / "session.log").read_text() == "401 for ***, with ***\n" and run
 
 
 def test_the_key_is_not_said_when_signing_in_fails(server, tmp_path):
@@ -791,7 +794,7 @@ HOSTILE = [
 def test_output_names_cannot_leave_the_runs_folder(here, server, tmp_path):
     push_one(here, server)
     server.extra_files = dict.fromkeys(HOSTILE, b"hostile")
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and "would leave the run's folder" in entry.steps[-1].note
     kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.read_bytes() == b"hostile"]
     assert kept == [] and not Path("/tmp/escaped-absolute").exists()
@@ -800,9 +803,9 @@ def test_output_names_cannot_leave_the_runs_folder(here, server, tmp_path):
 def test_more_files_than_a_page_come_back(here, server):
     push_one(here, server)
     server.extra_files = {f"plots/{i:02}.png": b"%d" % i for i in range(60)}
-    (entry,) = driver.pull(impatient())
+    (entry,) = pulling.pull(impatient())
     assert entry.state == "verified"
-    assert all((driver.result_folder(entry) / name).read_bytes() == c for name, c in server.extra_files.items())
+    assert all((entry.result_folder / name).read_bytes() == c for name, c in server.extra_files.items())
     assert server.calls.count("ListKernelSessionOutput") == 4
 
 
@@ -811,7 +814,7 @@ def test_pages_without_end_are_refused(here, server, monkeypatch):
     server.extra_files = {f"{i}": b"" for i in range(5000)}
     said = []
     with pytest.raises(KaggleError, match="not pulled: eaft-tiny-eval"):
-        driver.pull(impatient(), say=said.append)
+        pulling.pull(impatient(), say=said.append)
     assert "more than 500 output files" in said[0]
 
 
@@ -825,19 +828,19 @@ def test_a_data_set_that_came_without_a_file_is_not_used(here, server, monkeypat
 def test_an_unknown_run_is_named(here, server):
     run = push_one(here, server)
     with pytest.raises(KaggleError, match=f"no run 'eaft-x' in kaggle_runs; it has \\['{run}'"):
-        driver.pull(impatient(), ["eaft-x"])
+        pulling.pull(impatient(), ["eaft-x"])
 
 
 def test_a_damaged_ledger_is_named(here, server):
     run = push_one(here, server)
     (here / "kaggle_runs" / run / "run.json").write_text('{"run": 3}')
     with pytest.raises(KaggleError, match=r"run\.json is no ledger of a run"):
-        driver.pull(impatient())
+        pulling.pull(impatient())
 
 
 def test_nothing_is_pushed_when_one_file_of_a_batch_is_wrong(here, server):
     with pytest.raises(ParameterError, match=r"params/tiny/b\.yaml: num_blocks"):
-        driver.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
+        pushing.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
     assert not server.calls.count("SaveKernel") and not ledger.entries()
 
 

@@ -11,12 +11,14 @@ import pytest
 from kaggle_server import assert_loopback, session_environment
 from test_kaggle_faults import files_of, impatient, push
 
-from eaftlib.kaggle import build, driver, ledger
+from eaftlib.kaggle import build, ledger, pulling, pushing
 from eaftlib.kaggle.service import Service
 
 # Children of a server process that has imported everything once: each begins as a clean copy, without threads.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["eaftlib.kaggle.build", "eaftlib.kaggle.driver", "kagglesdk.kaggle_client"])
+forkserver.set_forkserver_preload(
+    ["eaftlib.kaggle.build", "eaftlib.kaggle.pulling", "eaftlib.kaggle.pushing", "kagglesdk.kaggle_client"]
+)
 FILE_EVENTS = ("os.rename", "os.mkdir", "shutil.rmtree", "os.remove")
 
 
@@ -37,9 +39,9 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     sys.addaudithook(audit)
     service = Service(first_wait=0.01, longest_wait=0.02)
     if command == "push":
-        driver.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
+        pushing.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
     else:
-        driver.pull(service)
+        pulling.pull(service)
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def repeat(command, here, server):
         push(here, "eval", say=lambda line: None)
         server.wait(ledger.entries()[0].run)
     else:
-        driver.pull(impatient(), say=lambda line: None)
+        pulling.pull(impatient(), say=lambda line: None)
 
 
 def assert_one_of_each(server):
@@ -79,7 +81,7 @@ def assert_one_of_each(server):
     assert len(versions) == 1 and len(server.datasets) == 1 and server.calls.count("SaveKernel") == 1
     (entry,) = ledger.entries()
     assert entry.run == run and entry.state == "verified" and entry.version == 1
-    assert {p.name for p in driver.result_folder(entry).iterdir()} >= set(entry.results)
+    assert {p.name for p in entry.result_folder.iterdir()} >= set(entry.results)
 
 
 def forget(server, here):
@@ -164,6 +166,6 @@ def test_a_batch_that_is_killed_goes_on(here, server, child, pushes):
     push(here, *names, say=lambda line: None)
     for run in server.kernels:
         server.wait(run)
-    assert [e.state for e in driver.pull(impatient(), say=lambda line: None)] == ["verified"] * 4
+    assert [e.state for e in pulling.pull(impatient(), say=lambda line: None)] == ["verified"] * 4
     assert len(server.kernels) == 4 and all(len(versions) == 1 for versions in server.kernels.values())
     assert server.most_sessions <= 2 and server.calls.count("SaveKernel") == 4

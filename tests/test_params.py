@@ -1,11 +1,16 @@
 """Notebook parameters: unknown names, wrong types and impossible values are errors before any work."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from eaftlib.errors import ParameterError
-from eaftlib.params import Evaluate, Prune, Rank, Report
+from eaftlib.params import Evaluate, Prune, Rank, Report, check_file
+
+ROOT = Path(__file__).parents[1]
 
 RANK = {
     "model": "m", "packs": "p", "pack_files": None, "rows": "all", "seq_len": 64, "num_blocks": 2, "criteria": ["reap"],
@@ -178,3 +183,54 @@ def test_a_name_that_was_deleted_is_missing():
     values = {k: v for k, v in REPORT.items() if k != "gates"}
     with pytest.raises(ParameterError, match=r"^gates: "):
         Report.from_notebook(shell(values, [DEFAULTS]))
+
+
+@pytest.mark.parametrize("cells", [[], ["import os"], ["# parameters\nbase_line = 'other'"], ["x = 1\n# Parameters"]])
+def test_without_a_marked_cell_nothing_is_taken_on_trust(cells):
+    with pytest.raises(ParameterError, match=r"no cell that was run begins with the line '# Parameters'"):
+        Report.from_notebook(shell(REPORT | {"base_line": "other"}, cells))
+
+
+HOSTILE = "out_dir = 'x'; __import__('pathlib').Path('owned').touch(); y"
+
+
+def write_file(folder, text):
+    (folder / "p.yaml").write_text(text)
+    return folder / "p.yaml"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (f'"{HOSTILE}": 1', r"unknown parameter \"out_dir = 'x'; __import__"),
+        ("seq_len: [1]", r"p\.yaml: unknown parameter 'seq_len'.*'seq_lens'"),
+        ("num_blocks: many", r"p\.yaml: num_blocks: .*found 'many'"),
+        ("num_blocks: 4\nrows: eval\nnum_blocks: 8", r"p\.yaml is not YAML: 'num_blocks' is given twice"),
+        ("keep_set:\n  - {label: a, label: b}", r"'label' is given twice"),
+        ("- a\n- b", r"p\.yaml: expected names and values, found list"),
+        ("model: [", r"p\.yaml is not YAML"),
+        ("1: 2", r"p\.yaml: "),
+    ],
+)
+def test_a_file_is_checked_before_anything_runs(tmp_path, text, message):
+    file = write_file(tmp_path, text)
+    with pytest.raises(ParameterError, match=message):
+        check_file("03_evaluate", file)
+
+
+def test_make_runs_no_name_of_a_file(tmp_path):
+    """papermill would write it into a cell, where it creates a file."""
+    file = write_file(tmp_path, f'"{HOSTILE}": 1')
+    command = ["make", "evaluate", f"PARAMS={file}", f"PY={sys.executable}", "READY=Makefile"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown parameter" in done.stderr
+    assert not (ROOT / "owned").exists() and "papermill" not in done.stderr
+
+
+def test_every_shipped_file_fits_its_notebook():
+    kinds = {"rank": "01_rank", "prune": "02_prune", "eval": "03_evaluate", "sweep": "03_evaluate"}
+    kinds |= {"confirm": "03_evaluate", "report": "04_report"}
+    files = sorted((ROOT / "params").glob("*/*.yaml"))
+    assert len(files) > 15
+    for file in files:
+        check_file(next(book for kind, book in kinds.items() if file.stem.startswith(kind)), file)

@@ -1,6 +1,5 @@
 """From a file of parameters to a push folder: one notebook that carries its parameters, its code and its set-up."""
 
-import ast
 import base64
 import hashlib
 import json
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import nbformat
-import yaml
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from pydantic import Field, field_validator
@@ -27,11 +25,10 @@ from pydantic import Field, field_validator
 from .. import notebooks, params, project
 from ..errors import KaggleError, ParameterError
 from ..files import sha256, write_json
+from .job import JOBS, Input
 
 ROOT = Path(__file__).parents[2]  # the repository that this library is run from
 SETTINGS_FILE = Path("params/kaggle.yaml")
-KINDS = {"01_rank": params.Rank, "03_evaluate": params.Evaluate}
-NO_GPU = {"02_prune": params.Prune, "04_report": params.Report}
 NOTEBOOK_FILE, METADATA_FILE = "notebook.ipynb", "kernel-metadata.json"
 WHEEL_LIMIT = 600_000  # bytes; a larger wheel goes into a data set
 NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 1,000,000
@@ -119,12 +116,12 @@ class Plan:
 
 
 def read_settings() -> Settings:
-    return Settings.check(_read_yaml(SETTINGS_FILE))
+    return Settings.check(params.read_file(SETTINGS_FILE))
 
 
 def plan(params_file: Path, settings: Settings) -> Plan:
     """Raises ParameterError when the file fits no notebook that can run on Kaggle, or names a path it cannot carry."""
-    values = _read_yaml(params_file)
+    values = params.read_file(params_file)
     try:
         return _plan(params_file, values, settings)
     except ParameterError as error:
@@ -152,7 +149,8 @@ def build(
         carried += resume
         text = base64.b85encode(wheel.read_bytes()).decode() if embedded else ""
         facts = {"name": wheel.name, "sha256": sha256(wheel)}
-    mapped = {name: settings.inputs[name] for name in _named_paths(what.parameters) if name in settings.inputs}
+    names = [wanted.name for wanted in JOBS[what.notebook].inputs(what.parameters)]
+    mapped = {name: settings.inputs[name] for name in names if name in settings.inputs}
     run = {
         "run": what.run,
         "attempt": attempt,
@@ -217,15 +215,15 @@ def _require_all_code(wheel: Path, expected: str, folder: Path) -> None:
 
 def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan:
     notebook = _notebook_for(values)
-    if _path(notebook).with_suffix(".py") in notebooks.stale():
-        raise ParameterError(f"{_path(notebook)} differs from its source; run make notebooks")
+    if notebooks.path(notebook).with_suffix(".py") in notebooks.stale():
+        raise ParameterError(f"{notebooks.path(notebook)} differs from its source; run make notebooks")
     # Only what was set: a keep-set that is a label alone must still be one when the notebook reads it.
-    parameters = KINDS[notebook].check(_defaults(notebook) | values).model_dump(exclude_unset=True)
+    parameters = params.of_notebook(notebook, values).model_dump(exclude_unset=True)
     _require_inside("out_dir", parameters["out_dir"])
-    carried = _carried(parameters, settings)
+    carried = _carried(JOBS[notebook].inputs(parameters), settings)
     code = project.code_sha256()
     digest = _sha256_of(parameters)
-    key = _sha256_of([code, sha256(_path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
+    key = _sha256_of([code, sha256(notebooks.path(notebook)), digest, [[c.name, c.sha256] for c in carried]])
     stem = os.path.relpath(params_file.with_suffix("")).removeprefix("params/")
     stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
     run = f"eaft-{stem[: TITLE_LIMIT - 14].rstrip('-')}-{key[:8]}"
@@ -236,70 +234,30 @@ def _sha256_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ParameterError(
-            f"{path} does not exist; start in the repository's root, and give a file of params/"
-        ) from None
-    except yaml.YAMLError as cause:
-        raise ParameterError(f"{path} is not YAML: {cause}") from cause
-    if not isinstance(values, dict):
-        raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
-    return values
-
-
-def _path(notebook: str) -> Path:
-    return notebooks.FOLDER / f"{notebook}.ipynb"
-
-
 def _notebook_for(values: dict[str, Any]) -> str:
     """The notebook that knows every name in the file."""
-    fits = [name for name, kind in (KINDS | NO_GPU).items() if set(values) <= set(kind.model_fields)]
-    here = [name for name in fits if name in KINDS]
+    fits = [name for name, kind in params.NOTEBOOKS.items() if set(values) <= set(kind.model_fields)]
+    here = [name for name in fits if name in JOBS]
     if len(here) == 1:
         return here[0]
     if fits and not here:
         raise ParameterError(f"it is for {fits[0]}, which needs no GPU: run it where its files are")
     raise ParameterError(
-        f"its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(KINDS)}"
+        f"its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(JOBS)}"
     )
 
 
-def _defaults(notebook: str) -> dict[str, Any]:
-    """Names and values of the cell marked as parameters."""
-    cells = nbformat.read(_path(notebook), 4).cells
-    source = next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
-
-
-def _named_paths(parameters: dict[str, Any]) -> list[str]:
-    """Every model, pack source and ranking that the parameters name."""
-    keep = parameters.get("keep_set") or []
-    rankings = [k.get("ranking") for k in (keep if isinstance(keep, list) else [keep])]
-    return list(dict.fromkeys([parameters["model"], parameters["packs"], *filter(None, rankings)]))
-
-
-def _carried(parameters: dict[str, Any], settings: Settings) -> list[Carried]:
-    """Local files that the parameters name, but for those that settings.inputs finds on Kaggle."""
+def _carried(inputs: Sequence[Input], settings: Settings) -> list[Carried]:
+    """Local files of the inputs, but for those that settings.inputs finds on Kaggle."""
     carried = []
-    for name in _named_paths(parameters):
-        path = Path(name)
-        is_ranking = name not in (parameters["model"], parameters["packs"])
-        if name in settings.inputs or not (path.exists() or is_ranking):
+    for wanted in dict.fromkeys(inputs):
+        path = Path(wanted.name)
+        if wanted.name in settings.inputs or not (path.exists() or wanted.missing):
             continue  # mounted, or fetched from the hub
-        _require_inside(name, name)
-        if is_ranking and not path.exists():
-            raise ParameterError(
-                f"ranking: {name} does not exist; run 01_rank first, or copy a ranking there that came from Kaggle"
-            )
-        if is_ranking:  # not the trace beside it, which is large
-            file = path / "ranking.json" if path.is_dir() else path
-            files = [f for f in (file, file.with_name("saliency.parquet")) if f.is_file()]
-        else:
-            files = sorted(f for f in path.rglob("*") if f.is_file())
-        carried += [Carried(f.as_posix(), f, sha256(f)) for f in files if not f.name.startswith(".")]
+        _require_inside(wanted.name, wanted.name)
+        if not path.exists():
+            raise ParameterError(wanted.missing)
+        carried += [Carried(f.as_posix(), f, sha256(f)) for f in wanted.files(path) if not f.name.startswith(".")]
     return carried
 
 
@@ -355,7 +313,7 @@ def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> d
 
 def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookNode:
     """Set-up cells, the notebook with its parameters, and a last cell that hands the result over."""
-    inner = parameterize_notebook(load_notebook_node(str(_path(what.notebook))), what.parameters)
+    inner = parameterize_notebook(load_notebook_node(str(notebooks.path(what.notebook))), what.parameters)
     for number, cell in enumerate(inner.cells):  # the same bytes for the same run
         cell["id"] = f"cell-{number:02}"
         cell.metadata.pop("papermill", None)

@@ -1,7 +1,7 @@
 """The ledger: ``kaggle_runs/<run>/run.json`` says what was pushed, what became of it, and when."""
 
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,18 +10,17 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import KaggleError
 from ..files import read_json, write_json
+from . import states
 
 SCHEMA = "eaft-kaggle-run/1"
 LEDGER = "run.json"
 ROOT = Path("kaggle_runs")
-State = Literal["queued", "pushing", "submitted", "running", "ended", "verified", "failed"]
-ACTIVE = ("pushing", "submitted", "running")  # may hold a GPU session
 
 
 class Step(BaseModel):
     """A state, the time that the run entered it (UTC, ISO 8601), and why."""
 
-    state: State
+    state: states.Name
     at: str
     note: str = ""
 
@@ -47,8 +46,26 @@ class Entry(BaseModel):
     results: dict[str, str] = {}
 
     @property
-    def state(self) -> State:
+    def state(self) -> states.Name:
         return self.steps[-1].state
+
+    @property
+    def active(self) -> bool:
+        """Whether it may hold a GPU session."""
+        return self.state in states.ACTIVE
+
+    @property
+    def push_folder(self) -> Path:
+        """What the present attempt pushes."""
+        return folder(self.run) / f"push-{self.attempt}"
+
+    @property
+    def result_folder(self) -> Path:
+        return folder(self.run) / "result"
+
+    def failed_folder(self, attempt: int) -> Path:
+        """What came of an attempt whose results were not verified."""
+        return folder(self.run) / f"failed-{attempt}"
 
     @property
     def owner(self) -> str:
@@ -59,6 +76,11 @@ class Entry(BaseModel):
         """When the present attempt was last about to be submitted."""
         pushing = (step.at for step in reversed(self.steps) if step.state == "pushing")
         return next(map(datetime.fromisoformat, pushing), None)
+
+    @property
+    def age(self) -> timedelta:
+        """How long ago that was."""
+        return datetime.now(UTC) - self.submitted_at
 
     @property
     def running_since(self) -> datetime | None:
@@ -75,8 +97,18 @@ class Entry(BaseModel):
     def since(self) -> datetime:
         return datetime.fromisoformat(self.steps[-1].at)
 
-    def enter(self, state: State, note: str = "", **changes: Any) -> "Entry":
-        """Record a new state, atomically, and return the new entry. To and fro is kept once, however often it happens."""
+    def require_owner(self, owner: str) -> None:
+        if self.owner != owner:
+            raise KaggleError(f"{self.run} is a run of {self.owner}, and the credentials are of {owner}: use those")
+
+    def enter(self, state: states.Name, note: str = "", **changes: Any) -> "Entry":
+        """Record a new state, atomically, and return the new entry. To and fro is kept once, however often it happens.
+
+        Raises KaggleError where the table of states has no way there.
+        """
+        before = self.state if self.steps else states.NEW
+        if state not in (then := states.STATES[before].then):
+            raise KaggleError(f"{self.run} is {before}; it cannot become {state!r}, only one of {list(then)}")
         steps = [*self.steps, Step(state=state, at=datetime.now(UTC).isoformat(timespec="seconds"), note=note)]
         if len(steps) > 4 and [(s.state, s.note) for s in steps[-2:]] == [(s.state, s.note) for s in steps[-4:-2]]:
             steps[-4:-2] = []
@@ -110,6 +142,11 @@ def find(run: str) -> Entry | None:
             f"{path} is of the run {entry.run}: a run keeps its folder's name, and a copy lives elsewhere"
         )
     return entry
+
+
+def owned_by(owner: str) -> list[Entry]:
+    """An account's runs, oldest first."""
+    return [entry for entry in entries() if entry.owner == owner]
 
 
 def entries() -> list[Entry]:

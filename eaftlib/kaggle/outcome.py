@@ -12,9 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ..errors import ResultError
 from ..evaluation import results
 from ..files import parse_json, sha256, write_json
-from ..params import Evaluate
-from ..pruning.keepsets import keep_count, read_ranking
-from ..text.packs import UNION
+from .job import JOBS
 from .ledger import Entry
 from .setup_cell import OUTCOME, SCHEMA
 
@@ -63,21 +61,13 @@ def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
             raise ResultError(f"{name} did not come back, although the session wrote it")
         if sha256(folder / name) != digest:
             raise ResultError(f"{name} is not the file that the session wrote: its SHA-256 differs")
-    wanted = expected_files(entry.notebook, entry.params)
+    job = JOBS[entry.notebook]
+    wanted = job.files(entry.params)
     if missing := sorted(set(wanted) - set(outcome.files)):
         raise ResultError(f"the session wrote {sorted(outcome.files)}; {missing} are missing")
-    for name in wanted:
-        if name.endswith(".json"):
-            _check_result(folder / name, entry)
-
-
-def expected_files(notebook: str, params: dict) -> list[str]:
-    """Names of the files that a notebook writes with these parameters and that others read."""
-    if notebook == "01_rank":
-        return ["ranking.json", "saliency.parquet"]
-    many = isinstance(params["keep_set"], list)
-    labels = [k["label"] for k in params["keep_set"]] if many else [params["label"]]
-    return [f"{label}{ending}" for label in labels for ending in (".json", ".tokens.parquet")]
+    for file in (folder / name for name in wanted if name.endswith(".json")):
+        _require_finite(file)
+        job.verify(file, entry)
 
 
 def from_notebook(notebook: Path, out_dir: Path | None = None) -> tuple[Outcome, list[Path]]:
@@ -153,53 +143,10 @@ def _is_sound(path: Path) -> bool:
     return True
 
 
-def _check_result(path: Path, entry: Entry) -> None:
+def _require_finite(path: Path) -> None:
     for where, number in _numbers(parse_json(path, ResultError, "pull again")):
         if not math.isfinite(number):
             raise ResultError(f"{path.name}: {where} is {number}")
-    if entry.notebook == "01_rank":
-        _check_ranking(path, entry.params)
-    else:
-        _check_evaluation(path, entry)
-
-
-def _check_ranking(path: Path, params: dict) -> None:
-    ranking = read_ranking(path)
-    names = ("rows", "seq_len", "num_blocks", "entropy_topk", "cc_quantile", "w_good", "w_uncertain", "w_conflict")
-    names = (*names, "align", "seed", "packs", "pack_files")
-    expected = {name: params[name] for name in names} | {"model_id": params["model"]}
-    _require(path, ranking.get("provenance", {}), expected)
-    if set(ranking.get("criteria", {})) != set(params["criteria"]):
-        raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {params['criteria']}")
-
-
-def _check_evaluation(path: Path, entry: Entry) -> None:
-    result, params = results.read(path), entry.params
-    expected = {name: params[name] for name in ("rows", "num_blocks", "entropy_topk", "cc_quantile")}
-    expected |= {"model_id": params["model"], "dataset_repo": params["packs"], "label": path.stem}
-    expected |= {"code_sha256": entry.code_sha256}
-    if params["pack_files"] is not None:
-        expected["pack_files"] = params["pack_files"]
-    _require(path, result.meta, expected)
-    keep = Evaluate.check(params).keep_sets[path.stem]
-    if keep:
-        asked = {name: keep[name] for name in ("keep_frac", "keep_n", "multiple_of")}
-        count = keep_count(result.meta["num_experts"], result.meta["top_k"], **asked)
-        _require(path, result.meta["keep_set"] or {}, {"criterion": keep["criterion"], "keep_n": count})
-    packs = params["only"] or [*(Path(file).stem for file in result.meta["pack_files"]), UNION]
-    for pack in packs:
-        for seq_len in params["seq_lens"]:
-            if (pack, seq_len) not in result.entries:
-                raise ResultError(f"{path.name} has no {pack} at {seq_len}")
-            result.tokens(pack, seq_len)
-
-
-def _require(path: Path, found: dict, expected: dict) -> None:
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise ResultError(
-                f"{path.name}: {name} is {found.get(name)}, expected {value}: this is another run's result"
-            )
 
 
 def _numbers(content: object, where: str = "") -> Iterator[tuple[str, float]]:

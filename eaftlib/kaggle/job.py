@@ -1,0 +1,119 @@
+"""The notebooks that run on Kaggle: what each needs beside its parameters, what it leaves, how that is verified."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import params
+from ..errors import ResultError
+from ..evaluation import results
+from ..text.packs import UNION
+from .ledger import Entry
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A path that parameters name, and what of it is carried when it lies here.
+
+    missing: what to say when it does not; None where the hub may have it.
+    """
+
+    name: str
+    files: Callable[[Path], list[Path]]
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook; its parameters are of the class that ``params.NOTEBOOKS`` gives.
+
+    inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
+    ResultError unless a JSON among them is what this run was asked for.
+    """
+
+    inputs: Callable[[Parameters], list[Input]]
+    files: Callable[[Parameters], list[str]]
+    verify: Callable[[Path, Entry], None]
+
+
+def _sources(parameters: Parameters) -> list[Input]:
+    return [Input(parameters[name], _whole_folder) for name in ("model", "packs")]
+
+
+def _whole_folder(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def _sources_and_rankings(parameters: Parameters) -> list[Input]:
+    keep_sets = params.Evaluate.check(parameters).keep_sets.values()
+    return _sources(parameters) + [_ranking(keep["ranking"]) for keep in keep_sets if keep]
+
+
+def _ranking(name: str) -> Input:
+    advice = "run 01_rank first, or copy a ranking there that came from Kaggle"
+    return Input(name, _without_its_trace, f"ranking: {name} does not exist; {advice}")
+
+
+def _without_its_trace(path: Path) -> list[Path]:
+    """The trace beside a ranking is large, and not needed to choose by it."""
+    file = path / "ranking.json" if path.is_dir() else path
+    return [f for f in (file, file.with_name("saliency.parquet")) if f.is_file()]
+
+
+def _result_files(parameters: Parameters) -> list[str]:
+    keep_sets = params.Evaluate.check(parameters).keep_sets
+    return [f"{label}{ending}" for label in keep_sets for ending in (".json", ".tokens.parquet")]
+
+
+def _verify_ranking(path: Path, entry: Entry) -> None:
+    from ..pruning.ranking import read_ranking  # loads torch, which nothing else here needs
+
+    ranking, asked = read_ranking(path), entry.params
+    names = ("rows", "seq_len", "num_blocks", "entropy_topk", "cc_quantile", "w_good", "w_uncertain", "w_conflict")
+    names = (*names, "align", "seed", "packs", "pack_files")
+    _require(path, ranking.get("provenance", {}), {name: asked[name] for name in names} | {"model_id": asked["model"]})
+    if set(ranking.get("criteria", {})) != set(asked["criteria"]):
+        raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {asked['criteria']}")
+
+
+def _verify_result(path: Path, entry: Entry) -> None:
+    result, asked = results.read(path), entry.params
+    expected = {name: asked[name] for name in ("rows", "num_blocks", "entropy_topk", "cc_quantile")}
+    expected |= {"model_id": asked["model"], "dataset_repo": asked["packs"], "label": path.stem}
+    expected |= {"code_sha256": entry.code_sha256}
+    if asked["pack_files"] is not None:
+        expected["pack_files"] = asked["pack_files"]
+    _require(path, result.meta, expected)
+    if keep := params.Evaluate.check(asked).keep_sets[path.stem]:
+        _require(path, result.meta["keep_set"] or {}, _chosen(keep, result.meta))
+    packs = asked["only"] or [*(Path(file).stem for file in result.meta["pack_files"]), UNION]
+    for pack in packs:
+        for seq_len in asked["seq_lens"]:
+            if (pack, seq_len) not in result.entries:
+                raise ResultError(f"{path.name} has no {pack} at {seq_len}")
+            result.tokens(pack, seq_len)
+
+
+def _chosen(keep: Parameters, meta: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of the keep-set that was asked for."""
+    from ..pruning.keepsets import keep_count  # loads torch
+
+    count = {name: keep[name] for name in ("keep_frac", "keep_n", "multiple_of")}
+    return {"criterion": keep["criterion"], "keep_n": keep_count(meta["num_experts"], meta["top_k"], **count)}
+
+
+def _require(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ResultError(
+                f"{path.name}: {name} is {found.get(name)}, expected {value}: this is another run's result"
+            )
+
+
+JOBS = {
+    "01_rank": Job(_sources, lambda parameters: ["ranking.json", "saliency.parquet"], _verify_ranking),
+    "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result),
+}

@@ -1,0 +1,239 @@
+"""Queue runs and submit them, no more at a time than the account may have. Repeated, it goes on where it was stopped."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from ..errors import KaggleError
+from ..files import sha256
+from . import build, ledger, outcome
+from .build import Plan, Settings
+from .following import GRACE, Say, arrived, counts, describe, refresh, say_now
+from .ledger import Entry
+from .service import LimitReached, QuotaReached, Refused, Service, Unreachable
+
+POLL_SECONDS = 60
+QUOTA_POLLS = 10  # of which one is enough while the week's quota is used up
+# How long a push without an answer may take to show itself, before it is made again.
+SETTLE = timedelta(minutes=5)
+_ALIVE = ("QUEUED", "RUNNING")
+
+
+class BadDataset(KaggleError):
+    """A data set that this run needs is there, but not whole."""
+
+
+def push(
+    params_files: Sequence[Path],
+    service: Service,
+    *,
+    at_limit: Literal["wait", "stop"] = "wait",
+    resume: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+    say: Say = say_now,
+) -> list[Entry]:
+    """Queue a run for each file, and submit all, no more at a time than the account may have.
+
+    A run that was submitted before is left alone; with ``resume`` one that failed, and whose session is over, is pushed
+    again with the results it has. A run that the service refuses becomes ``failed``, and the others go on. at_limit
+    ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
+    """
+    settings = build.read_settings()
+    # A mistake in one is found before any is queued.
+    plans = [build.plan(Path(file), settings) for file in params_files]
+    runs = [_queue(plan, settings, service, resume, say) for plan in plans]
+    _mention_left_behind(plans, say)
+    shown = ""
+    while True:
+        limit = _submit_queued(service, runs, settings.gpu_sessions, say)
+        waiting = [run for run in runs if ledger.find(run).state in ("queued", "pushing")]
+        if not waiting:
+            say("nothing left to submit; make kaggle-status follows the runs, make kaggle-pull brings their results")
+            return [ledger.find(run) for run in runs]
+        if at_limit == "stop":
+            raise type(limit)(f"{limit}; {len(waiting)} run(s) wait: repeat the command later")
+        line = f"{counts(service)}; waiting: {limit}"
+        if line != shown:
+            say(f"{datetime.now():%H:%M:%S}  {line}")
+        shown = line
+        time.sleep(poll_seconds * (QUOTA_POLLS if isinstance(limit, QuotaReached) else 1))
+
+
+def _queue(plan: Plan, settings: Settings, service: Service, resume: bool, say: Say) -> str:
+    """See to it that the ledger has the run, say how it stands, return its name."""
+    with ledger.locked():
+        entry = ledger.find(plan.run)
+        if entry:
+            entry.require_owner(service.owner)
+        else:
+            entry = _enqueue(plan, settings, service.owner)
+        if resume and entry.state == "failed":
+            entry = _resume(plan, settings, service, entry, say)
+    say(describe(entry))
+    if resume and (entry.active or entry.state == "ended"):
+        say("    it has not failed: make kaggle-pull brings what it leaves")
+    if entry.state == "failed" and not resume:
+        say("    to push it again with what it has: --resume (make kaggle-push ... RESUME=1)")
+    return entry.run
+
+
+def _enqueue(plan: Plan, settings: Settings, owner: str) -> Entry:
+    """A new run, with its push folder built."""
+    entry = Entry(
+        run=plan.run,
+        notebook=plan.notebook,
+        params_file=plan.params_file,
+        params=plan.parameters,
+        params_sha256=plan.params_sha256,
+        code_sha256=plan.code_sha256,
+        commit=plan.commit,
+        ref=f"{owner}/{plan.run}",
+        session_seconds=build.session_seconds(settings),
+        steps=[],
+    )
+    _build(plan, settings, entry)
+    return entry.enter("queued")
+
+
+def _resume(plan: Plan, settings: Settings, service: Service, entry: Entry, say: Say) -> Entry:
+    """Another attempt of a failed run with the results it has, unless its session still goes on."""
+    if _may_be_alive(service, entry):
+        say(
+            f"{entry.run}  its session is still going on: stop it at {entry.url}, or pull its results when it has ended"
+        )
+        return entry
+    partial = _latest_partial(entry)
+    changes = {"attempt": entry.attempt + 1, "version": None, "url": None, "commit": plan.commit}
+    changes["session_seconds"] = build.session_seconds(settings)
+    _build(plan, settings, entry.model_copy(update=changes), partial)
+    done = f"resumes with {', '.join(f.name for f in partial)}" if partial else "starts again: nothing was finished"
+    return entry.enter("queued", done, **changes)
+
+
+def _build(plan: Plan, settings: Settings, entry: Entry, partial: Sequence[Path] = ()) -> None:
+    """The push folder of the entry's attempt: whole, or not there."""
+    target = entry.push_folder
+    temporary = target.with_name(f".{target.name}")
+    for leftover in (target, temporary):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    carried = [build.Carried(f.name, f, sha256(f), resume=True) for f in partial]
+    build.build(plan, settings, temporary, entry.owner, attempt=entry.attempt, resume=carried)
+    temporary.rename(target)
+
+
+def _latest_partial(entry: Entry) -> list[Path]:
+    """Finished packs of the latest attempt that has any (each attempt begins with those of the one before)."""
+    folders = [entry.failed_folder(attempt) for attempt in range(entry.attempt, 0, -1)]
+    return next(filter(None, map(outcome.partial_results, folders)), [])
+
+
+def _may_be_alive(service: Service, entry: Entry) -> bool:
+    """Whether a run that is failed to us still computes, say because it was started without one of its sources."""
+    if entry.url is None:
+        return False
+    status, _ = service.status(entry.run) or ("UNKNOWN", "")
+    return status in _ALIVE and entry.age < timedelta(seconds=entry.session_seconds) + GRACE
+
+
+def _mention_left_behind(plans: Sequence[Plan], say: Say) -> None:
+    """Earlier runs of the same files, with other code or parameters: nothing else would ever speak of them again."""
+    present = {plan.run for plan in plans}
+    digests = {plan.params_file: plan.params_sha256 for plan in plans}
+    for entry in ledger.entries():
+        if entry.params_file not in digests or entry.run in present:
+            continue
+        if entry.state == "queued":
+            say(f"{entry.run}  of {entry.params_file} as it was is still queued; remove {ledger.folder(entry.run)}")
+        elif entry.state == "failed" and entry.params_sha256 in digests.values() and _latest_partial(entry):
+            say(f"{entry.run}  has finished packs of other code: check out {entry.commit} to resume from them")
+
+
+def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> LimitReached | Unreachable:
+    """One round; returns why the runs wait that it has left queued, or of which it is not known whether they arrived."""
+    with ledger.locked():
+        try:
+            _submit_in_turn(service, runs, sessions, say)
+        except (LimitReached, Unreachable) as reason:
+            return reason
+    return LimitReached(f"all {sessions} GPU sessions are in use")
+
+
+def _submit_in_turn(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+    """Raises LimitReached, or Unreachable when all else is done and of some run it is not known where it is."""
+    unclear = None
+    for entry in ledger.owned_by(service.owner):
+        try:
+            if entry.state == "pushing":  # a process ended between the intent and the answer
+                _submit(service, entry, say)
+            else:
+                refresh(service, entry)
+        except Unreachable as error:  # it keeps its place among the sessions
+            unclear = error
+    for run in runs:
+        entry = ledger.find(run)
+        in_use = sum(e.active for e in ledger.owned_by(service.owner))
+        if entry.state == "queued" and in_use < sessions:
+            _submit(service, entry, say)
+    if unclear:
+        raise unclear
+
+
+def _submit(service: Service, entry: Entry, say: Say) -> None:
+    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again."""
+    again = entry.state == "pushing"
+    if not again:
+        try:
+            for metadata in sorted(entry.push_folder.glob("*/dataset-metadata.json")):
+                _ensure_dataset(service, metadata.parent)
+        except BadDataset as error:
+            say(describe(entry.enter("failed", str(error))))
+            return
+        entry = entry.enter("pushing")
+    if there := arrived(service, entry):
+        entry = there
+    elif again and entry.age < SETTLE:
+        raise Unreachable(f"whether {entry.run} arrived is not known yet")
+    else:
+        entry = _push(service, entry.enter("pushing", "again: it did not arrive") if again else entry, say)
+    if entry.state == "submitted":
+        say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+
+
+def _push(service: Service, entry: Entry, say: Say) -> Entry:
+    try:
+        pushed = service.push(entry.push_folder, entry.session_seconds)
+    except LimitReached as limit:
+        entry.enter("queued", str(limit))
+        raise
+    except Refused as refusal:
+        if refusal.status in (401, 403):  # the account's trouble, not the run's
+            entry.enter("queued", str(refusal))
+            raise
+        entry = entry.enter("failed", str(refusal))
+    else:
+        entry = entry.enter("submitted", version=pushed.version, url=pushed.url)
+        if pushed.missing:
+            reason = f"no such sources, or no access to them: {', '.join(pushed.missing)}. Correct params/kaggle.yaml."
+            entry = entry.enter("failed", f"{reason} It was started all the same: stop it at {entry.url}")
+    if entry.state == "failed":
+        say(describe(entry))
+    return entry
+
+
+def _ensure_dataset(service: Service, folder: Path) -> None:
+    """The data set is named after its content, so one that is there is the right one."""
+    slug = json.loads((folder / "dataset-metadata.json").read_text())["id"].split("/")[1]
+    if service.dataset_status(slug) is None:
+        service.create_dataset(folder)
+    status = service.dataset_status(slug)
+    if status in ("failed", "deleted"):
+        raise BadDataset(f"Kaggle says that the data set {slug} has {status}: remove it there, and push again")
+    if status != "ready":
+        raise Unreachable(f"the data set {slug} is not ready yet ({status})")
+    expected = {file.name for file in folder.iterdir()} - {"dataset-metadata.json"}
+    if missing := sorted(expected - service.dataset_files(slug)):
+        raise BadDataset(f"the data set {slug} came to Kaggle without {missing}: remove it there, and push again")
