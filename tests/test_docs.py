@@ -27,12 +27,6 @@ from eaftlib.pruning.criteria import CRITERIA, RANDOM
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("demo", "kaggle_runs", "outputs")]
-NOTEBOOKS = {
-    "01_rank": params.Rank,
-    "02_prune": params.Prune,
-    "03_evaluate": params.Evaluate,
-    "04_report": params.Report,
-}
 KEPT = {"params", "docs", "bench", "tests", "notebooks", "demo", "eaftlib"}  # what lies there is in the repository
 ROOMS = {folder.name for folder in (ROOT / "eaftlib").iterdir() if (folder / "__init__.py").is_file()}
 COMMAND = re.compile(r"make [a-z]|(\.venv/bin/)?python -m eaftlib ")
@@ -117,7 +111,7 @@ def papermill(words):
     assert chosen["parameters_file"]
     for file in chosen["parameters_file"]:
         if not file.isupper():  # a name to be put in
-            model = NOTEBOOKS[Path(chosen["notebook_path"]).stem]
+            model = params.NOTEBOOKS[Path(chosen["notebook_path"]).stem]
             assert set(yaml.safe_load((ROOT / file).read_text())) <= set(model.model_fields)
 
 
@@ -291,7 +285,7 @@ def test_the_parameters_page_has_every_name_of_every_notebook():
     found = {
         (name, int(n)) for names, numbers in rows for name in re.findall("`(.+?)`", names) for n in numbers.split()
     }
-    assert found == {(name, int(book[:2])) for book, model in NOTEBOOKS.items() for name in model.model_fields}
+    assert found == {(name, int(book[:2])) for book, model in params.NOTEBOOKS.items() for name in model.model_fields}
 
 
 def test_the_metrics_page_has_every_criterion_and_the_gates_limits():
