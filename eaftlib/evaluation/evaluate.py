@@ -59,8 +59,7 @@ def evaluate(
     ]
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
-    gpu = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
-    settings |= {"gpu_name": gpu and ", ".join(sorted(set(ranks.gather(gpu))))}
+    settings |= {"gpu_name": _gpu_names(placement)}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
     _require_same_models(out_dir, metas)
     masks = [keep and keep.mask for keep in keep_sets.values()]
@@ -196,6 +195,13 @@ def _meta(
         "transformers_version": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _gpu_names(placement: Placement) -> str | None:
+    """Of all ranks, each kind once."""
+    if placement.device.type == "cpu":
+        return None
+    return ", ".join(sorted(set(ranks.gather(torch.cuda.get_device_name(placement.device)))))
 
 
 def _pruned_by(checkpoint: Checkpoint) -> dict | None:
