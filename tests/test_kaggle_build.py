@@ -1,7 +1,9 @@
 """The push folder, the set-up cell, and what is read back from an executed notebook."""
 
+import ast
 import base64
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 from pathlib import Path
@@ -18,6 +21,8 @@ import pytest
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from traitlets.config import Config
 
 from eaftlib import params
@@ -89,6 +94,7 @@ def test_the_embedded_wheel_is_the_library(here, tmp_path):
     build_run()
     wheel = tmp_path / "eaftlib-0.1.0-py3-none-any.whl"
     wheel.write_bytes(embedded_wheel(cells_of()))
+    assert wheel.stat().st_size < 300_000
     run = next(c.source for c in cells_of() if c.source.startswith("RUN = "))
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() in run and code.code_sha256() in run
     with zipfile.ZipFile(wheel) as archive:
@@ -368,6 +374,36 @@ def test_an_image_that_is_new_enough_installs_nothing(session, monkeypatch):
         "pydantic",
         "pyarrow",
     }
+
+
+def imported(files):
+    """Distributions that the files import, without those that torch, kaggle or an image brings."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    brought = {"triton", "kagglesdk", "kaggle_secrets", "google"}  # the last is google.colab
+    roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"eaftlib"} - brought
+    owners = importlib.metadata.packages_distributions()
+    return {canonicalize_name(owners[root][0]) for root in roots}
+
+
+def declared(requirements):
+    return {canonicalize_name(Requirement(r).name) for r in requirements}
+
+
+def test_every_import_is_declared_and_a_session_installs_what_runs_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    files = set((ROOT / "eaftlib").rglob("*.py"))
+    outside = {file for file in files if "kaggle" not in file.parts}
+    assert imported(files) >= {"torch", "pydantic", "pyyaml", "requests", "ipython", "packaging"}  # it does see them
+    assert imported(outside) <= declared(project["dependencies"] + extras["notebooks"])
+    assert imported(files) <= declared(project["dependencies"] + extras["notebooks"] + extras["kaggle"])
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    assert imported(files) <= declared(line for line in pinned if not line.startswith("#"))
+    inside = outside - {ROOT / "eaftlib" / "notebooks.py"}  # reads and writes notebooks before they run
+    needed = imported(inside) | imported((ROOT / "notebooks").glob("*.py"))
+    assert needed - {"pyyaml"} <= declared(build._requirements())  # parameters' files are read before a session, too
 
 
 @pytest.mark.parametrize("internet", [True, False])
