@@ -860,6 +860,15 @@ def test_without_credentials_it_says_what_to_do(here, server, tmp_path):
     assert "no Kaggle credentials, or none that Kaggle takes: run `kaggle auth login`" in done.stderr
 
 
+_IMPATIENT_STATUS = """
+import functools, sys
+from eaftlib.__main__ import main
+from eaftlib.kaggle import service
+service.Service = functools.partial(service.Service, first_wait=0.01, longest_wait=0.02)
+sys.exit(main(["kaggle", "status"]))
+"""
+
+
 def test_an_access_token_signs_in_through_a_burst_of_faults(server, tmp_path):
     """The client asks the service who the token is; its name is the runs' owner, and it is never said."""
     environment = session_environment(tmp_path) | server.environment(tmp_path) | {"KAGGLE_API_TOKEN": KEY}
@@ -868,7 +877,7 @@ def test_an_access_token_signs_in_through_a_burst_of_faults(server, tmp_path):
     assert_loopback(environment)
     server.inject("IntrospectToken", 503, "drop before")
     server.inject("GetAcceleratorQuotaStatistics", 400)
-    command = [sys.executable, "-m", "eaftlib", "kaggle", "status"]
+    command = [sys.executable, "-c", _IMPATIENT_STATUS]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == "Kaggle answered 400: injected, with your key ***\n" and done.returncode == 1
     assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
