@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,17 +118,25 @@ def test_one_process_starts_no_other(tmp_path, monkeypatch):
     assert shares(tmp_path, placement=replace(TWO, processes=1))[0] == (0, 1)
 
 
+HERE, IN_BACKGROUND = signal.default_int_handler, signal.SIG_IGN
+NAN = "GPU 1 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"
+
+
 @pytest.mark.parametrize(
-    "how, words",
+    "how, words, interrupts",
     [
-        ("raises in a sum", "GPU 1 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
-        ("raises", "GPU 1 ended with status 1: eaftlib.errors.ScoringError: block 3, position 7: nll nan"),
-        ("killed in a sum", "GPU 1 ended with status -9: it said nothing"),
-        ("killed", "GPU 1 ended with status -9: it said nothing"),
+        ("raises in a sum", NAN, HERE),
+        ("raises", NAN, HERE),
+        ("killed in a sum", "GPU 1 ended with status -9: it said nothing", HERE),
+        ("killed", "GPU 1 ended with status -9: it said nothing", HERE),
+        ("raises", NAN, IN_BACKGROUND),
     ],
+    ids=["raises in a sum", "raises", "killed in a sum", "killed", "raises, in the background"],
 )
-def test_a_rank_that_fails_ends_the_call_with_its_reason(tmp_path, monkeypatch, how, words):
+def test_a_rank_that_fails_ends_the_call_with_its_reason(tmp_path, monkeypatch, request, how, words, interrupts):
+    """Also as a job that a script has put into the background: there an interrupt from the keyboard is ignored."""
     monkeypatch.setattr(launch, "GRACE_SECONDS", 1)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, interrupts)))
     started = time.monotonic()
     with pytest.raises(ScoringError, match=words):
         fails(tmp_path, how, TWO)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from . import ranks
 READY = "ready"
 SHARED = "EAFT_SHARED"  # set in the processes that share a call
 GRACE_SECONDS = 5
+LOST = signal.SIGUSR2  # rank 0's word to itself that another is gone; a job of a script (&) ignores SIGINT
 P, R = ParamSpec("P"), TypeVar("R")
 
 
@@ -94,7 +96,7 @@ class _Helper:
         self.ended = time.monotonic()
         time.sleep(GRACE_SECONDS)  # what is wrong with the call itself, rank 0 finds too, and says it better
         if failed and not self.closing:
-            _thread.interrupt_main()
+            _thread.interrupt_main(LOST)
 
     def failure(self) -> ScoringError:
         last = (self.said() or "it said nothing").splitlines()[-1]
@@ -117,7 +119,7 @@ def _helpers(count: int, call: bytes) -> Iterator[None]:
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo", SHARED: "1"}
     helpers: list[_Helper] = []
-    with tempfile.TemporaryDirectory(prefix="eaft-") as folder, _environment(group | {"RANK": "0"}):
+    with tempfile.TemporaryDirectory(prefix="eaft-") as folder, _environment(group | {"RANK": "0"}), _told_of_losses():
         (Path(folder) / "call").write_bytes(call)
         try:
             helpers += [_Helper(rank, Path(folder), group) for rank in range(1, count)]
@@ -154,6 +156,15 @@ def _require_success(helpers: list[_Helper], seconds: float | None) -> None:
         sys.stderr.write(f"GPU {helper.rank}: {helper.said()}\n")
     if failed:
         raise min(failed, key=lambda helper: helper.ended).failure()
+
+
+@contextmanager
+def _told_of_losses() -> Iterator[None]:
+    before = signal.signal(LOST, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(LOST, before)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ WHEEL_LIMIT = 600_000  # bytes; a larger wheel goes into a data set
 NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 1,000,000
 TITLE_LIMIT = 50  # characters of a kernel's title
 FINISHING_SECONDS = 600  # between the notebook's own deadline and the end of the session
-# Of the extra `notebooks`; not needed inside a session.
-_TOOLS = {"PyYAML", "nbformat", "papermill", "jupytext", "ipykernel", "plotly"}
+# Of the extra `notebooks`, but not needed inside a session.
+_TOOLS = {"papermill", "jupytext", "nbformat", "PyYAML", "ipykernel", "plotly"}
 _DATA_SET, _MODEL = re.compile(r"[\w-]+/[\w-]+"), re.compile(r"[\w-]+(/[\w.-]+){3}/\d+")
 _COLUMNS = 112  # of the embedded wheel's lines
 ABOUT = """# {run}
