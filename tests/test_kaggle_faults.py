@@ -698,7 +698,8 @@ def test_results_of_older_code_that_could_be_resumed_are_mentioned(here, server,
     assert f"{run}  has finished packs of other code: check out {ledger.find(run).commit} to resume from them" in said
 
 
-def test_waiting_for_the_quota_does_not_fill_the_ledger(here, server):
+def test_waiting_for_the_quota_does_not_fill_the_ledger(here, server, monkeypatch):
+    monkeypatch.setattr(pushing, "QUOTA_POLLS", 1)  # how long it waits is another test's
     server.refusals.extend([LIMITS[1]] * 30)
     (entry,) = push(here, "eval")
     assert server.calls.count("SaveKernel") == 31
