@@ -197,11 +197,12 @@ def read_file(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            names = [self.construct_object(name) for name, _ in node.value]
+        def compose_mapping_node(self, anchor):  # before a merge (<<) is resolved, whose names may be given anew
+            node = super().compose_mapping_node(anchor)
+            names = [name.value for name, _ in node.value]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
-            return super().construct_mapping(node, deep)
+            return node
 
     try:
         values = yaml.load(path.read_text(), Loader)  # a SafeLoader
@@ -213,6 +214,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ParameterError(f"{path} is not YAML: {cause}") from cause
     if not isinstance(values, dict):
         raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
+    if odd := [name for name in values if not isinstance(name, str)]:
+        raise ParameterError(f"{path}: found {odd[0]!r} for a name, expected a word")
     return values
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from eaftlib.errors import ParameterError
-from eaftlib.params import Evaluate, Prune, Rank, Report, check_file
+from eaftlib.params import Evaluate, Prune, Rank, Report, check_file, read_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,13 +209,23 @@ def write_file(folder, text):
         ("keep_set:\n  - {label: a, label: b}", r"'label' is given twice"),
         ("- a\n- b", r"p\.yaml: expected names and values, found list"),
         ("model: [", r"p\.yaml is not YAML"),
-        ("1: 2", r"p\.yaml: "),
+        ("1: 2\nmodel: m", r"p\.yaml: found 1 for a name"),
+        ("null: 2\nmodel: m", r"p\.yaml: found None for a name"),
+        ("model: !!binary aGk=", r"p\.yaml: model: .*found b'hi'"),
     ],
 )
 def test_a_file_is_checked_before_anything_runs(tmp_path, text, message):
     file = write_file(tmp_path, text)
     with pytest.raises(ParameterError, match=message):
         check_file("03_evaluate", file)
+
+
+def test_a_file_may_merge_and_override(tmp_path):
+    file = write_file(
+        tmp_path, "keep_set:\n  - &a {label: a, ranking: r, criterion: ean, keep_n: 4}\n  - {<<: *a, label: b}"
+    )
+    first, second = read_file(file)["keep_set"]
+    assert (first["label"], second["label"], second["keep_n"]) == ("a", "b", 4)
 
 
 def test_make_runs_no_name_of_a_file(tmp_path):
