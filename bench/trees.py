@@ -28,9 +28,9 @@ def module(*names):
         except ModuleNotFoundError:
             pass
 
-placement, weights = module("engine.placement", "devices"), module("engine.weights", "weights")
-forward, packs = module("engine.forward", "forward"), module("text.packs", "packs")
-checkpoint, kernel = module("model.checkpoint", "checkpoint"), module("kernels.token_statistics")
+placement, weights = module("devices", "engine.placement"), module("weights", "engine.weights")
+forward, packs = module("forward", "engine.forward"), module("packs", "text.packs")
+checkpoint, kernel = module("checkpoint", "model.checkpoint"), module("kernels.token_statistics")
 fused = module("kernels.fused.token_statistics") if torch.cuda.is_available() else None
 folder, mode, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3])
 opened = checkpoint.Checkpoint(folder)

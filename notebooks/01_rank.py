@@ -51,7 +51,7 @@ import numpy as np
 from IPython import get_ipython
 
 from eaftlib import params, project
-from eaftlib.engine import placement as devices
+from eaftlib.engine.placement import place
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.criteria import RegionWeights, criterion_scores, expert_sums, token_weights
 from eaftlib.pruning.ranking import ranking_of, write_ranking
@@ -70,7 +70,7 @@ p = params.Rank.from_notebook(get_ipython())
 # %%
 checkpoint = Checkpoint(p.model)
 source = PackSource(p.packs, p.pack_files)
-placement = devices.place(p.device, p.dtype, p.max_gpu_memory)
+placement = place(p.device, p.dtype, p.max_gpu_memory)
 print(f"{checkpoint.num_layers} layers x {checkpoint.num_experts} experts, top {checkpoint.top_k}, on {placement}")
 
 # %%

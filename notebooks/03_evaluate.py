@@ -25,9 +25,7 @@
 # Parameters
 model = "demo/model"
 label = None  # name of the result; None: "base", for the whole model
-keep_set = (
-    None  # None, or {ranking, criterion, keep_n or keep_frac, ...}, or a list of those, each with a label of its own
-)
+keep_set = None  # {ranking, criterion, keep_n or keep_frac, ...}, or a list of those, each with its label
 packs = "demo/packs"
 pack_files = None
 only = None  # every pack and UNION; or a list of those names
@@ -47,9 +45,9 @@ from IPython import get_ipython
 from IPython.display import display
 
 from eaftlib import params, project
-from eaftlib.engine import placement as devices
-from eaftlib.evaluation import evaluate as evaluation
+from eaftlib.engine.placement import place
 from eaftlib.evaluation import results
+from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning import keepsets
 from eaftlib.report import figures
@@ -64,7 +62,7 @@ p = params.Evaluate.from_notebook(get_ipython())
 # %%
 checkpoint = Checkpoint(p.model)
 source = PackSource(p.packs, p.pack_files)
-placement = devices.place(p.device, p.dtype, p.max_gpu_memory)
+placement = place(p.device, p.dtype, p.max_gpu_memory)
 keep_sets = {label: how and keepsets.from_ranking(checkpoint, **how) for label, how in p.keep_sets.items()}
 print(f"{len(keep_sets)} model(s) on {', '.join(p.only or source.names)} at {p.seq_lens}, on {placement}")
 
@@ -72,7 +70,7 @@ print(f"{len(keep_sets)} model(s) on {', '.join(p.only or source.names)} at {p.s
 # ## One pass per pack and sequence length
 
 # %%
-written = evaluation.evaluate(
+written = evaluate(
     checkpoint, source, placement, keep_sets,
     seq_lens=p.seq_lens, num_blocks=p.num_blocks, only=p.only, rows=p.rows,
     entropy_topk=p.entropy_topk, cc_quantile=p.cc_quantile, out_dir=p.out_dir,
