@@ -1,95 +1,75 @@
-"""How far a long piece of work has come: a bar in a terminal, one line in a notebook, now and then a line in Kaggle's log."""
+"""Progress that leaves one line: a bar in a terminal, one display in a notebook, a line a minute in Kaggle's log."""
 
+import functools
 import io
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
-FIRST_LOG_SECONDS, LOG_SECONDS = 10, 60  # at most 720 lines in a session of twelve hours
+from tqdm import tqdm  # transformers brings it along
+
+SECONDS_BETWEEN_UPDATES = 0.5
+SECONDS_BETWEEN_LINES = 60
 
 
 @contextmanager
-def progress_bar(total: float, name: str, unit: str, shown: bool = True) -> Iterator[Callable[[float], object]]:
-    """Yields ``advance(amount)``; ``unit`` is what is counted.
+def progress_bar(total: int, name: str, unit: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield ``advance(amount)``, which shows how much of ``total`` is done, never more than all of it.
 
-    In a notebook's kernel it is one display, updated in place, so that a saved notebook holds the last state alone. What
-    people watch of a batch session on Kaggle is its log, where displays do not show: there a line is printed, too, after
-    ten seconds and then every minute.
+    unit: what is counted; bytes ("B") are shown as kB, MB, GB. In a notebook the last state stays in the saved file, one
+    line of plain text, also where the body raises. In a Kaggle session that runs on its own, the log is what people
+    watch: it gets a line at the start, one a minute, and the last state, and the notebook no display besides.
     """
-    kind = _bar() if not _in_kernel() else _logged_line() if _in_kaggle_batch() else _line()
-    with kind(
-        total=total, desc=name, unit=unit, unit_scale=True, disable=not shown, mininterval=0.5, miniters=1
-    ) as bar:
-        # Shares of layers add up past the total by rounding.
+    with _bar_for_here()(total=total, desc=name, unit=unit, unit_scale=True, disable=not shown) as bar:
         yield lambda amount: bar.update(min(amount, total - bar.n))
 
 
+class _Line(tqdm):
+    """A bar whose state is one line of text, given to ``show``."""
+
+    monitor_interval = 0  # no thread that refreshes: what it shows would belong to no cell
+
+    def __init__(self, show: Callable[[str], None], **settings):
+        self.show = show
+        super().__init__(file=io.StringIO(), miniters=1, **settings)  # the file takes the line feeds of a bar
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        elapsed = self.format_dict["elapsed"]
+        percent = 100 * self.n // self.total if self.total else 100
+        rate = self.n / elapsed if elapsed else 0
+        amount, speed = _amount(self.n, self.unit), _amount(rate, self.unit)
+        self.show(f"{self.desc}: {percent} % · {amount} · {elapsed:,.1f} s · {speed}/s")
+
+
+def _amount(number: float, unit: str) -> str:
+    return f"{tqdm.format_sizeof(number)}B" if unit == "B" else f"{number:,.0f} {unit}"
+
+
+def _bar_for_here() -> Callable[..., tqdm]:
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+        return functools.partial(_Line, functools.partial(print, flush=True), mininterval=SECONDS_BETWEEN_LINES)
+    bar = functools.partial(_Line, _in_place()) if _in_kernel() else tqdm
+    return functools.partial(bar, mininterval=SECONDS_BETWEEN_UPDATES)
+
+
 def _in_kernel() -> bool:
-    ipython = sys.modules.get("IPython")  # a kernel has loaded it
-    shell = ipython and ipython.get_ipython()
-    return hasattr(shell, "kernel")
+    """Whether this runs in a notebook's kernel; a terminal's IPython has none."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-def _in_kaggle_batch() -> bool:
-    return os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
-
-
-def _bar() -> type:
-    from tqdm import tqdm
-
-    return tqdm
-
-
-@cache
-def _line() -> type:
+def _in_place() -> Callable[[str], None]:
+    """Show a line in the cell's output; each further one replaces it, there and in the saved notebook."""
     from IPython.display import display
-    from tqdm import tqdm
 
-    class Line(tqdm):
-        """One display of plain text."""
+    handle = None
 
-        monitor_interval = 0  # no thread that draws, too: a display belongs to the cell that is running
+    def show(line: str) -> None:
+        nonlocal handle
+        if handle is None:
+            handle = display({"text/plain": line}, raw=True, display_id=True)
+        else:
+            handle.update({"text/plain": line}, raw=True)
 
-        def __init__(self, **options):
-            self.handle = None
-            super().__init__(file=io.StringIO(), **options)  # all that a terminal would get
-
-        def display(self, msg=None, pos=None) -> None:
-            content = {"text/plain": self.text()}
-            if self.handle is None:
-                self.handle = display(content, raw=True, display_id=True)
-            else:
-                self.handle.update(content, raw=True)
-
-        def text(self) -> str:
-            state = self.format_dict
-            done, seconds = state["n"], state["elapsed"]
-            share = done / self.total if self.total else 1.0
-            rate = self._amount(done / seconds) if seconds else "-"
-            return f"{self.desc}: {share:.0%} · {self._amount(done)} · {seconds:.1f} s · {rate}/s"
-
-        def _amount(self, number: float) -> str:
-            return self.format_sizeof(number, "B") if self.unit == "B" else f"{number:,.0f} {self.unit}"
-
-    return Line
-
-
-@cache
-def _logged_line() -> type:
-    class LoggedLine(_line()):
-        """The same, and a printed line now and then."""
-
-        def __init__(self, **options):
-            self.next_log = time.monotonic() + FIRST_LOG_SECONDS
-            super().__init__(**options)
-
-        def display(self, msg=None, pos=None) -> None:
-            super().display()
-            if time.monotonic() >= self.next_log:
-                self.next_log = time.monotonic() + LOG_SECONDS
-                print(self.text(), flush=True)
-
-    return LoggedLine
+    return show

@@ -1,96 +1,98 @@
-"""Progress as people see it: what a saved notebook holds, what a terminal and Kaggle's log get."""
+"""Progress where it is seen: in an executed notebook's file, on a terminal, in Kaggle's log."""
 
+import io
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pytest
-from nbclient import NotebookClient
+import tqdm.std
 
 from eaftlib.progress import progress_bar
 
 ROOT = Path(__file__).parents[1]
-WORK = """
-import time
-from eaftlib.progress import progress_bar
-with progress_bar(1_572_864, "UNION 2048 x 31 models", "tok") as advance:
-    for _ in range(64):
-        advance(1_572_864 / 64 + 1e-9)
-        time.sleep(0.03)
-"""
 
 
-def execute(source, monkeypatch, **environment):
-    """Outputs of one cell, as a saved notebook has them."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    client = NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True)
-    client.execute()
-    return notebook.cells[0].outputs
+def execute(*cells, **settings):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    kernel = nbclient.NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": ROOT}}, **settings
+    )
+    return [cell.outputs for cell in kernel.execute().cells]
 
 
-def text_of(output):
-    assert output.output_type == "display_data"
+def test_an_executed_notebook_holds_one_line_each_with_the_last_state():
+    ran_through, of_bytes, broke_off, hidden = execute(
+        "import time\n"
+        "from eaftlib.progress import progress_bar\n"
+        "with progress_bar(1_572_864, 'UNION 2048 x 31 models', 'tok') as advance:\n"
+        "    for _ in range(12):\n"
+        "        advance(131_073)\n"
+        "        time.sleep(0.15)",
+        "with progress_bar(2_000_000_000, 'prune', 'B') as advance:\n"
+        "    with progress_bar(4, 'inner', 'layer') as inner:\n"
+        "        inner(4)\n"
+        "    advance(1_500_000_000)",
+        "with progress_bar(1000, 'broken', 'tok') as advance:\n    advance(259)\n    raise RuntimeError('stop')",
+        "with progress_bar(10, 'hidden', 'tok', shown=False) as advance:\n    advance(5)",
+        allow_errors=True,
+    )
+    (line,) = map(plain_text, ran_through)
+    found = re.fullmatch(r"UNION 2048 x 31 models: 100 % · 1,572,864 tok · ([\d.]+) s · ([\d,]+) tok/s", line)
+    seconds, rate = float(found[1]), int(found[2].replace(",", ""))
+    assert seconds > 1.7 and rate == pytest.approx(1_572_864 / seconds, rel=0.05)
+    outer, inner = map(plain_text, of_bytes)
+    assert re.fullmatch(r"prune: 75 % · 1\.50GB · [\d.]+ s · [\d.]+[kMGT]?B/s", outer)
+    assert re.fullmatch(r"inner: 100 % · 4 layer · [\d.]+ s · [\d,]+ layer/s", inner)
+    shown, error = broke_off
+    assert plain_text(shown).startswith("broken: 25 % · 259 tok · ") and error.ename == "RuntimeError"
+    assert hidden == []
+
+
+def plain_text(output):
+    assert output.output_type == "display_data" and list(output.data) == ["text/plain"]
     return output.data["text/plain"]
 
 
-def test_a_saved_notebook_holds_one_line_with_the_last_state(monkeypatch):
-    (output,) = execute(WORK, monkeypatch)
-    name, share, done, seconds, rate = [text_of(output).split(": ")[0], *text_of(output).split(": ")[1].split(" · ")]
-    assert (name, share, done) == ("UNION 2048 x 31 models", "100%", "1,572,864 tok")
-    assert 1.8 < float(seconds.removesuffix(" s")) < 20
-    assert int(rate.removesuffix(" tok/s").replace(",", "")) == pytest.approx(
-        1_572_864 / float(seconds.removesuffix(" s")), rel=0.05
-    )
+def test_a_terminal_shows_a_bar_that_never_passes_its_total():
+    use = "with progress_bar(1000, 'pass', 'tok') as advance:\n    advance(600)\n    advance(600)"
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
+    code = f"from eaftlib.progress import progress_bar\n{use}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=end, stderr=end, check=True)
+    states = [state.strip() for state in os.read(terminal, 1 << 16).decode().split("\r") if state.strip()]
+    assert states[0].startswith("pass:   0%|") and states[-1].startswith("pass: 100%|") and "1.00k/1.00k" in states[-1]
+    os.close(end)
+    os.close(terminal)
 
 
-def test_what_fails_shows_how_far_it_came(monkeypatch):
-    failing = WORK.replace("time.sleep(0.03)", "1 / 0")
-    line, error = execute(failing, monkeypatch)
-    assert text_of(line).startswith("UNION 2048 x 31 models: 2% · 24,576 tok · ") and error.ename == "ZeroDivisionError"
+@pytest.mark.parametrize("shown, expected", [(True, "pass:  60%"), (False, "")])
+def test_beside_a_terminal_the_bar_goes_to_stderr(shown, expected, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(KeyError), progress_bar(10, "pass", "tok", shown) as advance:
+        advance(6)
+        raise KeyError
+    assert expected in sys.stderr.getvalue() and bool(sys.stderr.getvalue()) == shown
 
 
-def test_bytes_are_counted_as_bytes(monkeypatch):
-    (output,) = execute(WORK.replace('"tok"', '"B"'), monkeypatch)
-    assert "100% · 1.57MB · " in text_of(output) and text_of(output).endswith("B/s")
-
-
-def test_hidden_is_hidden(monkeypatch, capsys):
-    assert execute(WORK.replace('"tok")', '"tok", shown=False)'), monkeypatch) == []
-    with progress_bar(10, "x", "tok", shown=False) as advance:
-        advance(10)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_kaggles_log_gets_a_line_a_minute(monkeypatch):
-    """The clock runs a thousand times as fast: the work takes some 1,900 s."""
-    fast = "import time as t, types\nimport eaftlib.progress as p\n"
-    fast += "p.time = types.SimpleNamespace(monotonic=lambda s=t.monotonic(): 1000 * (t.monotonic() - s))\n"
-    outputs = execute(fast + WORK, monkeypatch, KAGGLE_KERNEL_RUN_TYPE="Batch")
-    lines = [o for o in outputs if o.output_type == "display_data"]
-    printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout").splitlines()
-    assert len(lines) == 1 and "100%" in text_of(lines[0])
-    assert 2 <= len(printed) <= 40 and all(line.startswith("UNION 2048 x 31 models: ") for line in printed)
-    assert not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
-
-
-def test_a_short_pass_on_kaggle_prints_nothing(monkeypatch):
-    assert len(execute(WORK, monkeypatch, KAGGLE_KERNEL_RUN_TYPE="Batch")) == 1
-
-
-def test_a_terminal_gets_a_bar_that_ends_at_its_total(capsys):
-    with progress_bar(100, "UNION 40", "tok") as advance:
-        for _ in range(3):
-            advance(40)
+def test_kaggles_log_gets_the_first_line_at_once_then_one_a_minute_then_the_last(monkeypatch, capsys):
+    clock = 1000.0
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(tqdm.std, "time", lambda: clock)
+    with progress_bar(400, "pass", "tok") as advance:
+        assert capsys.readouterr().out == "pass: 0 % · 0 tok · 0.0 s · 0 tok/s\n"
+        for _ in range(15):
+            clock += 10
+            advance(20)
     out, err = capsys.readouterr()
-    assert out == "" and "UNION 40: 100%" in err and "100/100" in err
-
-
-def test_without_a_kernel_no_notebook_library_is_loaded():
-    program = "import sys; from eaftlib.progress import progress_bar\n"
-    program += "with progress_bar(1, 'x', 'tok') as advance: advance(1)\nprint('IPython' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n" and "100%" in done.stderr
+    assert err == "" and out.splitlines() == [
+        "pass: 30 % · 120 tok · 60.0 s · 2 tok/s",
+        "pass: 60 % · 240 tok · 120.0 s · 2 tok/s",
+        "pass: 75 % · 300 tok · 150.0 s · 2 tok/s",
+    ]

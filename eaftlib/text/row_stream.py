@@ -34,7 +34,7 @@ class BoundedParquet(Parquet):
 def stream_text(path: Path) -> Iterator[str | None]:
     """Column ``text`` of a local parquet file in order, ``ROWS_PER_READ`` rows in memory at a time."""
     # A DataFilesDict is taken as it is; in a plain path, brackets would be a pattern.
-    files = DataFilesDict({"train": DataFilesList([str(path.absolute())], [()])})
+    files = DataFilesDict({"train": DataFilesList([str(path)], [()])})
     text = Features({"text": Value("large_string")})
     with tempfile.TemporaryDirectory() as cache:  # the builder locks its cache; nothing is ever put there
         builder = BoundedParquet(cache, data_files=files, columns=["text"], features=text, batch_size=ROWS_PER_READ)
