@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-ROUNDS, REPEATS = 2, 5
+device = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS, REPEATS = {"cuda": 2, "cpu": 10}, {"cuda": 5, "cpu": 3}  # a CPU that others use, too, needs many turns
 WORKER = """
 import importlib, json, sys, time
 import numpy as np, torch
@@ -91,7 +92,7 @@ print(json.dumps(found))
 
 
 def measure(tree: Path, folder: str, mode: str) -> dict[str, list[float]]:
-    command = [sys.executable, "-c", WORKER, folder, mode, str(REPEATS)]
+    command = [sys.executable, "-c", WORKER, folder, mode, str(REPEATS[device])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -107,10 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     trees = {"old": args.old.resolve(), "new": args.new.resolve()}
     found: dict[str, dict[str, list[float]]] = {}
-    on_gpu = torch.cuda.is_available()
-    checkpoint = args.checkpoint or Path("outputs/bench/20b" if on_gpu else "demo/model")
-    for mode in ("resident", args.blocks) if on_gpu else ("cpu",):
-        for _ in range(ROUNDS):
+    checkpoint = args.checkpoint or Path("outputs/bench/20b" if device == "cuda" else "demo/model")
+    for mode in ("resident", args.blocks) if device == "cuda" else ("cpu",):
+        for _ in range(ROUNDS[device]):
             for label, tree in trees.items():
                 for name, values in measure(tree, str(checkpoint.resolve()), mode).items():
                     found.setdefault(f"{name} ({mode})" if name == "nll" else name, {}).setdefault(label, []).extend(
