@@ -289,6 +289,14 @@ def test_what_is_written_through_the_hubs_link_is_seen(snapshot, cache, shared):
     assert fingerprint.file_sha256(file) == true_hash(file)
 
 
+def test_a_copied_cache_still_shows_what_was_written_through_the_link(snapshot, cache):
+    """A copy that keeps the times of modification was made at one time: all else has changed then."""
+    file = snapshot()
+    os.utime(file, ns=(0, 0), follow_symlinks=False)
+    assert file.stat().st_ctime_ns <= file.lstat().st_ctime_ns
+    assert fingerprint.file_sha256(file) == true_hash(file)
+
+
 def test_a_file_that_took_the_links_place_is_read(snapshot, cache):
     file = snapshot()
     file.unlink()

@@ -269,6 +269,17 @@ def test_results_of_different_models_or_settings_do_not_become_one(tmp_path, tok
     assert f"{name} is {value} against {META[name]}. " in str(error.value)
 
 
+def test_earlier_files_of_one_label_do_not_become_one(tmp_path, tokens):
+    """They do not say which rows they were made from."""
+    paths = [write(tmp_path / key[0], "base", {key: tokens[key]}) for key in (("a", 64), ("UNION", 64))]
+    for path in paths:
+        make_legacy(path)
+    with pytest.raises(
+        ResultError, match=r"a/base\.json is of the earlier shape; .*UNION/base\.json is of the earlier"
+    ):
+        results.read_all([str(path) for path in paths])
+
+
 def test_importing_results_needs_no_pydantic():
     program = "import sys; sys.modules['pydantic'] = None; import eaftlib.evaluation.results"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -6,7 +6,7 @@ file, this module's own cache, the file's bytes. The cache is a folder of small 
 
 Measured on two busy cores of an AMD EPYC, two files of 0.8 GB: 1.7 to 3.0 GB/s from the page cache, 0.7 GB/s where the
 processor has no SHA instructions; from disk what the disk gives, 0.2 to 1.8 GB/s; an identity that is known, 0.4 to
-0.7 ms. The 13.8 GB of gpt-oss-20b take 5 to 8 seconds once, and lie in the page cache then.
+0.7 ms. At that rate the 13.8 GB of gpt-oss-20b take 5 to 8 seconds, once, from the page cache.
 """
 
 import contextlib
