@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 60
 
 
 @contextmanager
-def progress_bar(total: int, name: str, unit: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, name: str, unit: str, shown: bool = True) -> Iterator[Callable[[float], None]]:
     """Yield ``advance(amount)``, which shows how much of ``total`` is done, never more than all of it.
 
     unit: what is counted; bytes ("B") are shown as kB, MB, GB. In a notebook the last state stays in the saved file, one
@@ -36,7 +36,7 @@ class _Line(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         elapsed = self.format_dict["elapsed"]
-        percent = 100 * self.n // self.total if self.total else 100
+        percent = 100 * round(self.n) // self.total if self.total else 100  # shares of layers fall short by rounding
         rate = self.n / elapsed if elapsed else 0
         amount, speed = _amount(self.n, self.unit), _amount(rate, self.unit)
         self.show(f"{self.desc}: {percent} % · {amount} · {elapsed:,.1f} s · {speed}/s")

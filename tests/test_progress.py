@@ -96,3 +96,11 @@ def test_kaggles_log_gets_the_first_line_at_once_then_one_a_minute_then_the_last
         "pass: 60 % · 240 tok · 120.0 s · 2 tok/s",
         "pass: 75 % · 300 tok · 150.0 s · 2 tok/s",
     ]
+
+
+def test_a_pass_counted_in_shares_of_layers_ends_at_100_percent(monkeypatch, capsys):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    with progress_bar(2048, "pass", "tok") as advance:
+        for _ in range(4 * 24):
+            advance(512 / 24)  # adds up to 2047.999999999997
+    assert capsys.readouterr().out.splitlines()[-1].startswith("pass: 100 % · 2,048 tok · ")
