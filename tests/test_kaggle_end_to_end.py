@@ -171,8 +171,9 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
         text = version.request["text"]
         trap = "from eaftlib.engine import forward\\nforward.score, n = (lambda s: lambda *a, **k: (n.append(1), "
         trap += "__import__('os').kill(__import__('os').getpid(), 9) if len(n) > 2 else None, s(*a, **k))[2])"
-        trap += "(forward.score), []\\nwritten = evaluation.evaluate("
-        version.request["text"] = text.replace("written = evaluation.evaluate(", trap)
+        trap += "(forward.score), []\\nwritten = evaluate("
+        assert "written = evaluate(" in text
+        version.request["text"] = text.replace("written = evaluate(", trap)
         return server.execute(version)
 
     server.session = killed_in_its_third_pass
@@ -207,8 +208,8 @@ def test_an_error_in_the_notebook_is_in_its_outcome_and_its_output(project, serv
 
     def telling(version):
         trap = "import os; from eaftlib import errors; errors.PackError.__str__ = lambda e: "
-        trap += "e.args[0] + '; token ' + os.environ['HF_TOKEN']\\nwritten = evaluation.evaluate("
-        version.request["text"] = version.request["text"].replace("written = evaluation.evaluate(", trap)
+        trap += "e.args[0] + '; token ' + os.environ['HF_TOKEN']\\nwritten = evaluate("
+        version.request["text"] = version.request["text"].replace("written = evaluate(", trap)
         return server.execute(version)
 
     server.session = telling
