@@ -196,3 +196,25 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path, keep):
     with pytest.raises(OSError):
         prune(opened, keep, tmp_path / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_new_tensors_are_written_beside_bytes_of_another_checkpoint(checkpoint, tmp_path):
+    """A norm with new values, an expert tensor cut to two rows, one as it lies; in the order given, over two shards."""
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randn(world.HIDDEN, generator=generator).bfloat16()
+    router, sinks = "model.layers.1.mlp.router.weight", "model.layers.0.self_attn.sinks"
+    sources = {
+        "model.norm.weight": writer.New(new[:]),
+        router: writer.Stored(checkpoint.location(router), [1, 6]),
+        sinks: writer.Stored(checkpoint.location(sinks)),
+        "scale": writer.New(torch.arange(6.0).view(2, 3).T),  # rows and columns exchanged: not as it lies in memory
+    }
+    seen, files = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "SHARD_BYTES", 300)
+        writer.write_shards(tmp_path, sources, writer.Progress(seen.append, files.append))
+    found = stored(tmp_path)
+    assert list(found) == list(sources) and len(files) == 3 and sum(seen) == sum(s.nbytes for s in sources.values())
+    assert torch.equal(found["model.norm.weight"], new) and torch.equal(found[sinks], checkpoint.tensor(sinks))
+    assert torch.equal(found[router], checkpoint.tensor(router)[[1, 6]])
+    assert torch.equal(found["scale"], torch.arange(6.0).view(2, 3).T)
