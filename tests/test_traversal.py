@@ -232,3 +232,24 @@ def test_the_backend_follows_capability_and_purpose_not_the_grad_mode(
         assert found.name == expected and found.training == training
         halves = expected == "fused" and dtype == "bfloat16"
         assert (found.experts == "measured_grouped") == (len(found.modules) == 2) == halves
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("model.layers.1.mlp.router.biass", [world.EXPERTS], "no stored parameter of a layer"),
+        ("model.layers.9.mlp.router.bias", [world.EXPERTS], "no stored parameter of a layer"),
+        ("mlp.router.bias", [world.EXPERTS], "no stored parameter of a layer"),
+        ("lm_head.weight", [world.VOCAB, world.HIDDEN], "no stored parameter of a layer"),
+        ("model.layers.1.mlp.router.bias", [1], r"has shape \[1\], expected \[8\]"),
+    ],
+)
+def test_a_change_that_would_not_be_used_is_refused(checkpoint, cpu, name, shape, message):
+    with pytest.raises(ParameterError, match=rf"changed: '{name}' .*{message}|changed: '{name}' {message}"):
+        Variant(Weights(checkpoint, cpu), changed={name: torch.zeros(shape)})
+
+
+def test_weights_for_inference_are_not_trained_through(checkpoint, cpu, blocks):
+    opened = Weights(checkpoint, cpu)
+    with pytest.raises(ValueError, match=r"opened for inference.*training=True"):
+        next(Traversal(opened, blocks, [Variant(opened)]).backward(loss_on(blocks, opened.lm_head)))

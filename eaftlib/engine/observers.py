@@ -60,9 +60,8 @@ class TokenStatistics(Observer):
         if not len(kept):
             return
         targets = self.tokens[blocks].flatten()[kept].to(self.weights.device)
-        predictors = (kept - 1).to(
-            self.weights.device
-        )  # position 0 is never kept: the token before is of the same block
+        # Position 0 is never kept: the token before is of the same block.
+        predictors = (kept - 1).to(self.weights.device)
         hidden = [h.flatten(0, 1)[predictors] for h in hidden]
         parts = [
             self._of_slice([h[start : start + self.slice] for h in hidden], targets[start : start + self.slice])
@@ -77,7 +76,7 @@ class TokenStatistics(Observer):
     def _of_slice(self, hidden: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """[variants, 2 or 4, tokens]"""
         backend, reference = self.weights.backend, None
-        found: list[torch.Tensor] = [targets] * len(hidden)
+        found = {}
         for v in sorted(range(len(hidden)), key=lambda v: v != self.base):  # the whole model first
             logits = kernel.logits_of(hidden[v], self.weights.lm_head)
             rows = backend.token_statistics(logits, targets, self.entropy_topk)
@@ -85,7 +84,7 @@ class TokenStatistics(Observer):
                 reference = reference or backend.reference(logits)
                 rows += reference.compare(logits)
             found[v] = torch.stack([row.float() for row in rows])
-        return torch.stack(found)
+        return torch.stack([found[v] for v in range(len(hidden))])
 
     def _require_finite(self, values: torch.Tensor, first: int) -> None:
         bad = ~torch.isfinite(values[:2]).all(0)

@@ -55,8 +55,13 @@ class Traversal:
 
         loss: (ids of blocks [B], their hidden [B, S, H] after the final norm) -> the sum of their losses; called once a
         micro-batch. Only hidden states between layers are kept; each layer's own are computed again on the way back.
-        Gradients are of this rank's blocks.
+        Gradients are of this rank's blocks. Raises ValueError for weights that were not opened for training.
         """
+        if not self.weights.backend.training:
+            raise ValueError(
+                "the weights were opened for inference, and their functions may have no gradients: open them "
+                "with training=True"
+            )
         (variant,) = self.variants
         for wave in self._waves(self.weights.checkpoint.num_layers + 1):
             yield from self._backward_wave(wave, variant, loss)

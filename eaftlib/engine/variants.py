@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..errors import ParameterError
 from .weights import Weights
 
 
 class Variant:
     """A keep-set and changed parameters, put on the layers for one call at a time: afterwards they are as they were.
 
-    changed: full tensor name -> value, which may require gradients; it is used in the type of the weights' products.
+    changed: full tensor name -> value, which may require gradients; it is used in the type of the weights' products. Any
+    stored parameter of a layer may change, and the final norm; ParameterError for all other names and shapes.
     """
 
     def __init__(self, weights: Weights, keep: np.ndarray | None = None, changed: Mapping[str, torch.Tensor] = {}):
@@ -22,6 +24,16 @@ class Variant:
         self._moe = frozenset(weights.family.moe_layers(weights.checkpoint.config))
         self._keep = None if keep is None else torch.from_numpy(keep).to(weights.device)
         self._changed = dict(changed)
+        prefixes = tuple(self._family.prefix(i) for i in range(weights.checkpoint.num_layers))
+        for name, value in self._changed.items():  # a name that nothing reads would leave the model as it was
+            served = name == self._family.final_norm or name.startswith(prefixes)
+            if not served or name not in weights.checkpoint.names:
+                raise ParameterError(
+                    f"changed: {name!r} is no stored parameter of a layer, nor {self._family.final_norm!r}. Give tensors by "
+                    f"the names of {weights.checkpoint.model_id}."
+                )
+            if list(value.shape) != (shape := weights.checkpoint.shape(name)):
+                raise ParameterError(f"changed: {name!r} has shape {list(value.shape)}, expected {shape}")
 
     def trained(self, prefix: str) -> list[torch.Tensor]:
         """Changed parameters whose names begin with ``prefix`` and that require gradients."""
