@@ -1,0 +1,1 @@
+"""Winning back what pruning cost: small tensors are trained, expert matrices stay byte for byte as they were."""
