@@ -289,7 +289,7 @@ def session(tmp_path, monkeypatch):
         "params_sha256": "p",
         "code_sha256": "c",
         "commit": "abc",
-        "out_dir": "outputs/x",
+        "results_folder": "outputs/x",
     }
     run |= {
         "internet": False,
