@@ -174,10 +174,12 @@ def test_a_run_goes_on_only_from_the_same_of_all_that_is_recorded(recorded):
 
 def test_every_fact_is_recorded(recorded):
     facts = Identity.of(*recorded).facts
-    assert {place for place in FACTS if facts[place] is None} == {"meta.keep_set", "meta.gpu_name"}
+    assert {place for place in FACTS if facts[place] is None} == {
+        "meta.keep_set", "meta.recovered", "meta.gpu_name",
+    }  # fmt: skip
 
 
-MODEL = ["model_sha256", "keep_set", "dtype"]
+MODEL = ["model_sha256", "keep_set", "recovered", "dtype"]
 SETTINGS = ["tokenizer_sha256", "eos_token_id", "rows", "num_blocks", "entropy_topk", "cc_quantile"]
 INPUT = ["pack", "seq_len", "rows_seen", "rows_sha256", "input_sha256"]
 MACHINE = ["label", "model_id", "num_experts", "top_k", "bytes_total", "dataset_repo", "pack_files", "scored_with"]
@@ -190,7 +192,7 @@ MACHINE += ["engine", "code_sha256", "device", "gpu_name", "torch", "transformer
         (Question.COMPARABLE, [*SETTINGS, *INPUT, "kept_tokens", "xbins", "ybins"]),
         (Question.MERGEABLE, [*MODEL, *SETTINGS]),
         (Question.RESUMABLE, [*MODEL, *SETTINGS, *INPUT, *MACHINE]),
-        (Question.SAME_MODEL, ["model_sha256", "keep_set"]),
+        (Question.SAME_MODEL, ["model_sha256", "keep_set", "recovered"]),
     ],
 )
 def test_which_facts_decide_which_question(recorded, question, names):

@@ -23,6 +23,7 @@ _C, _M, _R, _S = Question
 FACTS = {
     "meta.model_sha256": _M | _R | _S,
     "meta.keep_set": _M | _R | _S,
+    "meta.recovered": _M | _R | _S,
     "meta.dtype": _M | _R,
     "meta.tokenizer_sha256": _C | _M | _R,
     "meta.eos_token_id": _C | _M | _R,

@@ -18,6 +18,7 @@ COLORS = {
     "gate_mass": "#7f8c8d",
     "random": "#95a5a6",
 }
+_RECOVERED_COLOR = "#e6b800"
 _OTHER_COLORS = ("#2c3e50", "#27ae60", "#b9770e", "#5b2c6f", "#1a5276")
 
 
@@ -133,14 +134,22 @@ def landscape(model: dict, title: str) -> Picture:
 
 
 def keep_curve(curve: Curve) -> Picture:
-    """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn. Symlog above the gate."""
+    """dPPL over experts kept, a panel per sequence length, the gate drawn. Symlog above the gate.
+
+    A line per criterion; recovered models are stars, which no line joins.
+    """
     figure = Picture(figsize=(4.9 * len(curve.limits), 3.9), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(curve.limits), sharey=True))
+    stars = [r.comparison.ppl.value for r in curve.rows if r.recovered and r.seq_len in curve.limits]
+    bottom = min([-max(curve.limits.values()), *(1.2 * value for value in stars)])  # training may undercut the baseline
     for axes, (seq_len, limit) in zip(panels, curve.limits.items(), strict=True):
         part = [r for r in curve.rows if r.seq_len == seq_len]
-        for criterion in sorted({r.criterion for r in part}):
-            line = sorted((r for r in part if r.criterion == criterion), key=lambda r: r.keep_n)
+        untrained = [r for r in part if not r.recovered]
+        for criterion in sorted({r.criterion for r in untrained}):
+            line = sorted((r for r in untrained if r.criterion == criterion), key=lambda r: r.keep_n)
             _curve_line(axes, line, color_of(criterion), curve.num_experts)
+        if stars:
+            _recovered_stars(axes, [r for r in part if r.recovered])
         axes.axhspan(-limit, limit, color="#27ae60", alpha=0.15, linewidth=0)
         axes.axhline(limit, color="#27ae60", linewidth=1.2)
         axes.annotate(
@@ -152,7 +161,7 @@ def keep_curve(curve: Curve) -> Picture:
             color="#1e8449",
         )
         axes.set_yscale("symlog", linthresh=limit, linscale=0.8)
-        axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(-limit, None))
+        axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(bottom, None))
         axes.set_xticks(sorted({r.keep_n for r in part} | {curve.num_experts}))
         _tidy(axes)
     figure.axes[0].set_ylabel("dPPL")
@@ -164,6 +173,20 @@ def _curve_line(axes, rows: list[Row], color: str, num_experts: int) -> None:
     """Rows of one criterion, fewest experts first, and their intervals; the line ends at the whole model's zero."""
     x, y = [r.keep_n for r in rows] + [num_experts], [r.comparison.ppl.value for r in rows] + [0.0]
     axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color, label=rows[0].criterion)
+    _intervals(axes, rows, color)
+
+
+def _recovered_stars(axes, rows: list[Row]) -> None:
+    """Recovered models and their intervals; their series stands in the legend of every panel, where it may be empty."""
+    x, y = [r.keep_n for r in rows], [r.comparison.ppl.value for r in rows]
+    axes.plot(
+        x, y, marker="*", markersize=13, linestyle="none", color=_RECOVERED_COLOR, markeredgecolor="black",
+        markeredgewidth=0.7, zorder=3, label="recovered",
+    )  # fmt: skip
+    _intervals(axes, rows, "black")
+
+
+def _intervals(axes, rows: list[Row], color: str) -> None:
     bars = [(r.keep_n, *r.comparison.ppl.interval) for r in rows if r.comparison.ppl.interval]
     axes.vlines([k for k, _, _ in bars], [low for _, low, _ in bars], [high for _, _, high in bars], color=color)
 
