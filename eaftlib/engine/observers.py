@@ -48,7 +48,7 @@ class TokenStatistics(Observer):
         """base: which of the variants is the whole model, if others are to be compared with it."""
         self.weights, self.base, self.entropy_topk = weights, base, entropy_topk
         self.tokens, self.kept = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.kept)
-        self.kept_before = _before(self.kept)
+        self.kept_before = before(self.kept)
         self.slice = kernel.slice_rows(weights.lm_head.shape[0], weights.device)  # tokens with logits at once
         self.values = torch.zeros(variants, 2 if base is None else 4, int(self.kept.sum()))
 
@@ -106,7 +106,7 @@ class Experts(Observer):
         checkpoint, self.weights = weights.checkpoint, weights
         self.moe = frozenset(weights.family.moe_layers(checkpoint.config))
         self.recorded = torch.from_numpy(recorded_positions(blocks))
-        self.recorded_before = _before(self.recorded)
+        self.recorded_before = before(self.recorded)
         self.trace = ExpertTrace.empty(
             checkpoint.num_layers, int(self.recorded.sum()), checkpoint.top_k, checkpoint.num_experts, weights.device
         )
@@ -132,7 +132,7 @@ def recorded_positions(blocks: Blocks) -> np.ndarray:
     return mask
 
 
-def _before(mask: torch.Tensor) -> torch.Tensor:
+def before(mask: torch.Tensor) -> torch.Tensor:
     """int64 [num_blocks]: how many positions of ``mask`` lie in earlier blocks."""
     counts = mask.sum(1)
     return counts.cumsum(0) - counts
