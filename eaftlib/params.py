@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from . import notebooks
 from .errors import ParameterError
-from .pruning.criteria import CRITERIA, RANDOM
+from .pruning.criteria import CRITERIA, RANDOM, RECON
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
@@ -69,13 +69,14 @@ class Rank(Parameters):
     rows: Rows
     seq_len: Positive
     num_blocks: Positive
-    criteria: Annotated[list[Literal[*CRITERIA, RANDOM]], Field(min_length=1)]
+    criteria: Annotated[list[Literal[*CRITERIA, RECON, RANDOM]], Field(min_length=1)]
     entropy_topk: Annotated[int, Field(ge=2)]
     cc_quantile: Share
     w_good: FiniteFloat
     w_uncertain: FiniteFloat
     w_conflict: FiniteFloat
     align: Literal["predictor", "token"]
+    recon_tokens: Positive
     device: str
     dtype: str
     max_gpu_memory: Annotated[float, Field(gt=0)] | None

@@ -8,6 +8,7 @@ from typing import Any
 from .. import params
 from ..errors import ResultError
 from ..evaluation import results
+from ..pruning.criteria import RECON
 from ..text.packs import UNION
 from .ledger import Entry
 
@@ -73,7 +74,7 @@ def _verify_ranking(path: Path, entry: Entry) -> None:
 
     ranking, asked = read_ranking(path), entry.params
     names = ("rows", "seq_len", "num_blocks", "entropy_topk", "cc_quantile", "w_good", "w_uncertain", "w_conflict")
-    names = (*names, "align", "seed", "packs", "pack_files")
+    names = (*names, "align", "seed", "packs", "pack_files", *(["recon_tokens"] if RECON in asked["criteria"] else []))
     _require(path, ranking.get("provenance", {}), {name: asked[name] for name in names} | {"model_id": asked["model"]})
     if set(ranking.get("criteria", {})) != set(asked["criteria"]):
         raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {asked['criteria']}")

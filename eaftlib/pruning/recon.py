@@ -11,7 +11,6 @@ All numbers are float64, computed from Grams and logits in float32.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ import numpy as np
 from ..errors import ScoringError
 from ..progress import progress_bar
 
-THREADS = 2
 ROWS_AT_ONCE = 4096  # tokens whose losses are computed together: what is in work then stays in a core's cache
 LEAST_GAIN = 1e-9  # of a layer's energy that a swap must save: rounding must not let swaps go in circles
 
@@ -42,12 +40,13 @@ class Elimination:
 def reconstruct(grams: np.ndarray, logits: np.ndarray, top_k: int, progress: bool = True) -> list[Elimination]:
     """Eliminate the experts of every layer. grams, logits: as ``engine.grams.GramTrace`` has them.
 
-    Raises ScoringError where an expert's output is not finite.
+    On one core, 4,096 tokens of 32 experts take 0.7 s a layer, 2,048 of 128 experts 2.4 s (top 4; random outputs, with 4 and
+    33 swaps a layer). Raises ScoringError where an expert's output is not finite.
     """
     found = []
-    with ThreadPoolExecutor(THREADS) as threads, progress_bar(len(grams), "recon", "layers", progress) as advance:
-        for elimination in threads.map(lambda *layer: eliminate(Layer(*layer, top_k)), grams, logits):
-            found.append(elimination)
+    with progress_bar(len(grams), "recon", "layers", progress) as advance:
+        for of_layer in zip(grams, logits, strict=True):
+            found.append(eliminate(Layer(*of_layer, top_k)))
             advance(1)
     return found
 
@@ -134,9 +133,6 @@ class KeptExperts:
     def loss(self) -> float:
         return float(self.without[-1].sum())
 
-    def copy(self) -> KeptExperts:
-        return KeptExperts(self.layer, self.kept)
-
     def after_drops(self) -> np.ndarray:
         """[E]: the loss after dropping each expert, infinite for those that are not there."""
         change = self._per_expert(self.ids[:-1], self.without[:-1] - self.without[-1])
@@ -194,16 +190,15 @@ def eliminate(layer: Layer) -> Elimination:
     left: that only puts the last ones in order.
     """
     energy = layer.energy.sum() or 1.0  # a layer without experts loses nothing
-    greedy = KeptExperts(layer, np.ones(layer.num_experts, bool))
-    swapped, dropped, met = greedy.copy(), [], []
-    keep_sets, losses = {}, {}
+    greedy, swapped = (KeptExperts(layer, np.ones(layer.num_experts, bool)) for _ in range(2))
+    dropped, met, keep_sets, losses = [], [], {}, {}
     for count in range(layer.num_experts - 1, -1, -1):
         dropped.append(_cheapest(greedy.after_drops()))
         greedy.drop(dropped[-1])
         met.append(greedy.loss / energy)
         if count >= layer.top_k:
             swapped.drop(_cheapest(swapped.after_drops()))
-            swapped = greedy.copy() if greedy.loss <= swapped.loss else swapped
+            swapped = KeptExperts(layer, greedy.kept) if greedy.loss <= swapped.loss else swapped
             swap_until_none_helps(swapped)
             keep_sets[count], losses[count] = np.flatnonzero(swapped.kept), float(swapped.loss / energy)
     scores = np.empty(layer.num_experts)

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -13,6 +13,7 @@ COLORS = {
     "eaft_reap": "#c0392b",
     "reap_mass": "#2471a3",
     "reap": "#8e44ad",
+    "recon": "#1e8449",
     "ean": "#16a085",
     "frequency": "#d68910",
     "gate_mass": "#7f8c8d",
@@ -72,6 +73,20 @@ def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
         axes.plot(k, share.mean(0), label=name, color=color_of(name), linewidth=1.8)
     axes.plot([0, k[-1]], [0, 1], color="#bbb", linewidth=1, linestyle=":")
     axes.set(xlabel="experts kept per layer, best first", ylabel="share of the mass", xlim=(0, k[-1]), ylim=(0, 1.01))
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def reconstruction_loss(losses: dict[str, list[float]]) -> Picture:
+    """Predicted loss by experts kept, a line per layer; losses: the criterion ``recon``'s, by count and layer."""
+    figure, axes = _panel(7, 4)
+    counts, lines = [int(n) for n in losses], np.array(list(losses.values())).T
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+    for layer, (line, color) in enumerate(zip(lines, colors, strict=True)):
+        ends = layer in (0, len(lines) - 1)
+        axes.plot(counts, line, color=color, linewidth=1.2, label=f"layer {layer}" if ends else None)
+    axes.plot(counts, lines.mean(0), color="#c0392b", linewidth=2.2, label="mean")
+    axes.set(xlabel="experts kept per layer", ylabel="share of the experts' output lost", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return figure
 
