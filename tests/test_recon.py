@@ -209,10 +209,12 @@ def test_the_loss_of_every_keep_set_is_that_of_a_layer_with_a_masked_router(trac
 
 
 def made_up(seed, num_experts=7, tokens=60, width=5):
-    """(grams, logits, outputs [T, E, H]) of random experts, some of them more popular."""
+    """(grams, logits, outputs [T, E, H]) of experts about as popular as each other, whose outputs vary less than they do."""
     rng = np.random.default_rng(seed)
-    logits = (1.5 * rng.normal(size=(tokens, num_experts)) + rng.normal(size=num_experts)).astype(np.float32)
-    outputs = rng.normal(size=(tokens, num_experts, width)).astype(np.float32)
+    logits = 1.5 * rng.normal(size=(tokens, num_experts)) + 0.3 * rng.normal(size=num_experts)
+    logits = logits.astype(np.float32)
+    outputs = 2 * rng.normal(size=(1, num_experts, width)) + 0.5 * rng.normal(size=(tokens, num_experts, width))
+    outputs = outputs.astype(np.float32)
     return triangle(outputs @ outputs.transpose(0, 2, 1)), logits, outputs
 
 
@@ -340,15 +342,15 @@ def test_no_swap_helps_a_keep_set_and_none_is_worse_than_the_greedy_one(seed, to
 
 
 def test_swaps_find_the_best_keep_set_more_often_than_elimination_alone():
-    """Of 240 searches (20 layers, counts and top-k) the greedy set is the best of all in 203, with swaps in 239."""
+    """Of 300 searches (20 layers, by top-k and count) the greedy set is the best of all in 220, the one after swaps in 284."""
     cases = [(seed, top_k, count) for seed in SEEDS for top_k in (1, 2, 3) for count in range(top_k, 7)]
     best = {"greedy": 0, "swapped": 0}
     for seed, top_k, count in cases:
         losses, found = losses_by_loop(seed, top_k), eliminated(seed, top_k)
         for name, ids in (("greedy", np.sort(found.ranking[:count])), ("swapped", found.keep_sets[count])):
             best[name] += losses[tuple(ids.tolist())] <= best_of(losses, count) + 1e-7
-    print(len(cases), best)
-    assert len(cases) == 300 and best == {"greedy": 0, "swapped": 0}
+            assert best_of(losses, count) <= losses[tuple(ids.tolist())] + 1e-7
+    assert len(cases) == 300 and abs(best["greedy"] - 220) <= 2 and best["swapped"] >= 282
 
 
 def test_a_never_chosen_expert_goes_first_and_a_useless_one_soon():
