@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from . import notebooks
 from .errors import ParameterError
-from .pruning.criteria import CRITERIA, RANDOM
+from .pruning.criteria import CRITERIA, RANDOM, RECON
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
@@ -71,13 +71,14 @@ class Rank(Parameters):
     rows: Rows
     seq_len: Positive
     num_blocks: Positive
-    criteria: Annotated[list[Literal[*CRITERIA, RANDOM]], Field(min_length=1)]
+    criteria: Annotated[list[Literal[*CRITERIA, RECON, RANDOM]], Field(min_length=1)]
     entropy_topk: Annotated[int, Field(ge=2)]
     cc_quantile: Share
     w_good: FiniteFloat
     w_uncertain: FiniteFloat
     w_conflict: FiniteFloat
     align: Literal["predictor", "token"]
+    recon_tokens: Positive
     device: str
     dtype: str
     max_gpu_memory: Annotated[float, Field(gt=0)] | None
@@ -205,6 +206,11 @@ class Recover(KeepSetParameters):
     max_gpu_memory: Annotated[float, Field(gt=0)] | None
     out_dir: str
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, but for where it runs and where it goes."""
+        return self.model_dump(exclude={"device", "dtype", "max_gpu_memory", "out_dir"})
+
     @field_validator("trained")
     @classmethod
     def _each_once(cls, trained: list[str]) -> list[str]:
@@ -251,7 +257,13 @@ class Report(Parameters):
     out_dir: str
 
 
-NOTEBOOKS = {"01_rank": Rank, "02_prune": Prune, "03_evaluate": Evaluate, "04_report": Report}
+NOTEBOOKS = {
+    "01_rank": Rank,
+    "02_prune": Prune,
+    "03_evaluate": Evaluate,
+    "04_report": Report,
+    "05_recover": Recover,
+}
 
 
 def of_notebook(notebook: str, values: dict[str, Any]) -> Parameters:

@@ -38,6 +38,7 @@ w_good = 1.0
 w_uncertain = 0.25
 w_conflict = -2.0
 align = "predictor"  # a token's weight goes to the experts that predicted it (position t-1)
+recon_tokens = 4096  # for the criterion recon: positions at which all experts are run
 device = "auto"
 dtype = "auto"
 max_gpu_memory = None  # GB; None: all that is free. Layers that do not fit are streamed
@@ -53,7 +54,7 @@ from IPython import get_ipython
 from eaftlib import params, project
 from eaftlib.engine.placement import place
 from eaftlib.model.checkpoint import Checkpoint
-from eaftlib.pruning.criteria import RegionWeights, criterion_scores, expert_sums, token_weights
+from eaftlib.pruning.criteria import RegionWeights, expert_sums, token_weights
 from eaftlib.pruning.ranking import ranking_of, write_ranking
 from eaftlib.pruning.trace import record
 from eaftlib.report import figures
@@ -86,10 +87,12 @@ print(
 # ## One pass records everything
 #
 # Per kept token its probability and entropy; per routed pair the expert, its router weight and the norm of its output.
-# Criteria, weights and quantiles can be changed afterwards without the model: `Trace.load(...)`.
+# Criteria, weights and quantiles can be changed afterwards without the model: `Trace.load(...)`. For `recon`, the same pass runs
+# all experts on a sample of tokens.
 
 # %%
-trace, run = record(checkpoint, blocks, placement, entropy_topk=p.entropy_topk)
+recon_tokens = p.recon_tokens if "recon" in p.criteria else 0
+trace, run = record(checkpoint, blocks, placement, entropy_topk=p.entropy_topk, recon_tokens=recon_tokens)
 trace.save(Path(p.out_dir) / "trace.safetensors")
 print(f"{run.seconds:.1f} s, {run.tokens_per_second:,.0f} tokens/s; {trace.expert.size:,} routed pairs")
 
@@ -109,7 +112,7 @@ for value in np.unique(weight):
 settings = p.model_dump(include={"packs", "pack_files", "cc_quantile", "w_good", "w_uncertain", "w_conflict", "align"})
 ranking = ranking_of(trace, sums, p.criteria, settings=settings, seed=p.seed)
 write_ranking(Path(p.out_dir), ranking, sums)
-scores = {name: criterion_scores(sums, name, p.seed) for name in p.criteria}
+scores = {name: np.array(c["scores"], float) for name, c in ranking["criteria"].items()}
 print(f"wrote {p.out_dir}/ranking.json  sha256 {ranking['provenance']['sha256'][:16]}")
 
 # %%
@@ -121,7 +124,7 @@ figures.saliency_map(scores[p.criteria[0]], p.criteria[0], keep_n)
 # one colour needs them all.
 
 # %%
-figures.mass_concentration({name: s for name, s in scores.items() if name != "random"})
+figures.mass_concentration({name: s for name, s in scores.items() if name not in ("random", "recon")})
 
 # %% [markdown]
 # **Read from it:** the further a line bows above the diagonal, the more of that criterion's mass survives when few experts stay. Only
@@ -132,3 +135,10 @@ figures.criteria_agreement({name: np.array(c["ranking"]) for name, c in ranking[
 
 # %% [markdown]
 # **Read from it:** two criteria that keep the same experts cannot differ in quality. The `random` row shows what chance agrees on.
+
+# %%
+figures.reconstruction_loss(ranking["criteria"]["recon"]["losses"]) if "recon" in p.criteria else None
+
+# %% [markdown]
+# **Read from it** (with `recon` among the criteria): what share of its experts' output each layer loses at a count, the tokens of removed
+# experts sent to the next ones. Layers are looked at one by one: errors that add up over layers are not in it.

@@ -45,7 +45,8 @@ def chain(tmp_path_factory):
         {"label": "random-16", **keep, "criterion": "random", "keep_n": 16},
     ]
     done = {}
-    done["rank"] = execute("01_rank", out, {"rows": "calib", "num_blocks": 8, "out_dir": str(out / "rank")})
+    criteria = {"criteria": ["reap_mass", "eaft_reap", "recon", "random"], "recon_tokens": 512}
+    done["rank"] = execute("01_rank", out, {"rows": "calib", "num_blocks": 8, **criteria, "out_dir": str(out / "rank")})
     done["evaluate"] = execute("03_evaluate", out, {"keep_set": sweep, **small})
     done["prune"] = execute("02_prune", out, {**keep, "out_dir": str(out / "pruned")})
     execute("03_evaluate", out, {"model": str(out / "pruned"), "label": "on-disk", **small})

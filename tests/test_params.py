@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 RANK = {
     "model": "m", "packs": "p", "pack_files": None, "rows": "all", "seq_len": 64, "num_blocks": 2, "criteria": ["reap"],
     "entropy_topk": 20, "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 0.25, "w_conflict": -2.0,
-    "align": "predictor", "device": "auto", "dtype": "auto", "max_gpu_memory": None, "seed": 0, "out_dir": "o",
+    "align": "predictor", "recon_tokens": 4096, "device": "auto", "dtype": "auto", "max_gpu_memory": None, "seed": 0,
+    "out_dir": "o",
 }  # fmt: skip
 PRUNE = {
     "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
@@ -78,6 +79,8 @@ def test_a_missing_parameter_is_named(kind, values):
         (Rank, RANK, {"criteria": ["reap", 3]}),
         (Rank, RANK, {"criteria": ["reap", "reep"]}),
         (Rank, RANK, {"criteria": []}),
+        (Rank, RANK, {"recon_tokens": 0}),
+        (Rank, RANK, {"recon_tokens": 4096.5}),
         (Rank, RANK, {"cc_quantile": 0.0}),
         (Rank, RANK, {"cc_quantile": 1.0}),
         (Rank, RANK, {"w_good": "1"}),

@@ -34,7 +34,7 @@ evaluation.evaluate(checkpoint, source, placement, {"base": None, "half": keep},
                     only=["UNION"], out_dir=out, progress=False)
 spans = checkpoint.family.completion_spans
 blocks = pack_blocks(source, "UNION", checkpoint.tokenizer, spans, seq_len=40, num_blocks=int(count))
-trace, _ = record(checkpoint, blocks, placement, progress=False)
+trace, _ = record(checkpoint, blocks, placement, recon_tokens=9, progress=False)
 from pathlib import Path
 trace.save(Path(out) / "trace.safetensors")
 """
@@ -76,6 +76,7 @@ def test_ranks_together_give_what_one_gives(model_folder, packs_folder, tmp_path
                 for column in ("block", "position", "nll", "entropy"):
                     np.testing.assert_array_equal(getattr(a.tokens(*key), column), getattr(b.tokens(*key), column))
         a, b = (Trace.load(folder / "trace.safetensors") for folder in (alone, together))
-        for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
+        for name in ("nll", "entropy", "expert", "gate", "norm", "peak", "grams", "router_logits"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert torch.isfinite(torch.from_numpy(a.norm)).all() and (a.norm > 0).all()
+    assert a.grams.shape[1] == 9 and (a.grams[:, :, 0] > 0).all()

@@ -143,7 +143,9 @@ def test_parameters_are_counted_without_removed_experts(checkpoint, keep):
     q, kv, h = world.HEADS * world.HEAD_DIM, world.KV_HEADS * world.HEAD_DIM, world.HIDDEN
     factors = 2 * (4 * h + 2 * q + 2 * kv)
     assert low.parameters(keep.mask) == world.LAYERS * (factors + q + 2 * kv + h + world.HEADS)
-    whole = sum(n.numel() * (2 if "_blocks" in k else 1) for k, n in tensors(checkpoint.folder).items() if "_scales" not in k)
+    whole = sum(
+        n.numel() * (2 if "_blocks" in k else 1) for k, n in tensors(checkpoint.folder).items() if "_scales" not in k
+    )
     experts = 3 * world.HIDDEN * world.INTERMEDIATE + per_expert
     assert slicing.num_parameters(checkpoint, 4) == whole - world.LAYERS * 4 * experts
 

@@ -7,6 +7,7 @@ projections together, which keeps them in a CPU's cache, and has gradients.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,8 @@ class ExpertProbe:
 def measured(compute: Callable) -> Callable:
     """A function for transformers' experts interface: hidden_states [T, H], ids and weights [T, top_k] -> [T, H].
 
-    If the module carries ``probe``, the routed pairs' measures are recorded there.
+    If the module carries ``probe``, the routed pairs' measures are recorded there. If it carries ``watch``, that is called
+    with the tokens and ``compute`` of this module, to run experts on some of them that they were not routed to.
     """
 
     def experts_forward(self, hidden_states, top_k_index, top_k_weights):
@@ -75,6 +77,8 @@ def measured(compute: Callable) -> Callable:
         combined, norm, peak = compute(self, hidden_states, top_k_index, top_k_weights, probe is not None)
         if probe is not None:
             probe.record(top_k_index, top_k_weights, norm, peak)
+        if (watch := getattr(self, "watch", None)) is not None:
+            watch(hidden_states, partial(compute, self))
         return combined
 
     return experts_forward

@@ -13,6 +13,7 @@ from ..progress import progress_bar
 from ..text.packs import Blocks
 from . import observers, ranks
 from .experts import ExpertTrace
+from .grams import Grams, GramTrace
 from .traversal import Traversal
 from .variants import Variant
 from .weights import Weights
@@ -40,6 +41,7 @@ class Pass:
     tokens_per_second: float  # positions run through the model, all keep-sets and ranks together, per second
     peak_device_bytes: int | None
     experts: ExpertTrace | None  # of the recorded positions, where it was asked for
+    grams: GramTrace | None  # of the sampled positions, likewise
 
 
 def score(
@@ -49,16 +51,18 @@ def score(
     keep_sets: Sequence[np.ndarray | None] = (None,),
     entropy_topk: int = 20,
     record_experts: bool = False,
+    gram_tokens: int = 0,
     progress: bool = True,
 ) -> Pass:
     """Run every block through the model, once per keep-set, and return the statistics of its kept tokens.
 
     keep_sets: for each variant None (the whole model) or bool [num_layers, num_experts], false where no token may be
     routed. record_experts: also return what every expert did at ``recorded_positions``; only with a single keep-set.
-    Where several ranks run, each takes its share of the micro-batches and all return the whole. Raises ScoringError at a
-    token without finite statistics, or where one block alone exceeds the memory.
+    gram_tokens: likewise what all experts would have done at that many sampled positions, see ``grams.Grams``. Where
+    several ranks run, each takes its share of the micro-batches and all return the whole. Raises ScoringError at a token
+    without finite statistics, or where one block alone exceeds the memory; ParameterError where the Grams exceed it.
     """
-    if record_experts and len(keep_sets) != 1:
+    if (record_experts or gram_tokens) and len(keep_sets) != 1:
         raise ValueError("experts are recorded for one model: pass a single keep-set")
     whole = next((v for v, keep in enumerate(keep_sets) if keep is None), None)
     return score_variants(
@@ -68,6 +72,7 @@ def score(
         base=whole if len(keep_sets) > 1 else None,
         entropy_topk=entropy_topk,
         record_experts=record_experts,
+        gram_tokens=gram_tokens,
         progress=progress,
     )
 
@@ -81,24 +86,27 @@ def score_variants(
     base: int | None,
     entropy_topk: int = 20,
     record_experts: bool = False,
+    gram_tokens: int = 0,
     progress: bool = True,
 ) -> Pass:
     """As ``score``, of any variants. base: which of them is the whole model, if others are to be compared with it."""
     check_request(weights.checkpoint, [blocks.seq_len], entropy_topk)
     statistics = observers.TokenStatistics(weights, blocks, variants, base, entropy_topk)
     experts = observers.Experts(weights, blocks) if record_experts else None
-    run = Traversal(weights, blocks, variants, [statistics, experts] if experts else [statistics])
+    grams = Grams(weights, blocks, gram_tokens) if gram_tokens else None
+    run = Traversal(weights, blocks, variants, [x for x in (statistics, experts, grams) if x])
     if weights.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(weights.device)
     started = time.perf_counter()
     with progress_bar(run.share(), _name(blocks, variants), "tok", progress and ranks.current()[0] == 0) as advance:
         for tokens in run.forward():
             advance(tokens / weights.checkpoint.num_layers)
-    ranks.add_up([statistics.values, *(experts.trace.tensors if experts else ())])
+    traces = [observer and observer.trace for observer in (experts, grams)]
+    ranks.add_up([statistics.values, *(tensor for trace in traces if trace for tensor in trace.tensors)])
     seconds = ranks.largest(time.perf_counter() - started)
     rate = blocks.tokens.size * len(variants) / seconds
     peak = torch.cuda.max_memory_allocated(weights.device) if weights.device.type == "cuda" else None
-    return Pass([_token_statistics(v) for v in statistics.values], seconds, rate, peak, experts and experts.trace)
+    return Pass([_token_statistics(v) for v in statistics.values], seconds, rate, peak, *traces)
 
 
 def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk: int) -> None:

@@ -51,7 +51,7 @@ class TokenStatistics(Observer):
         """base: which of the variants is the whole model, if others are to be compared with it."""
         self.weights, self.variants, self.base, self.entropy_topk = weights, variants, base, entropy_topk
         self.tokens, self.kept = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.kept)
-        self.kept_before = _before(self.kept)
+        self.kept_before = before(self.kept)
         self.slice = kernel.slice_rows(weights.lm_head.shape[0], weights.device)  # tokens with logits at once
         self.values = torch.zeros(len(variants), 2 if base is None else 4, int(self.kept.sum()))
 
@@ -77,9 +77,7 @@ class TokenStatistics(Observer):
         for variant in values:
             self._require_finite(variant, first)
 
-    def _of_slice(
-        self, hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor
-    ) -> torch.Tensor:
+    def _of_slice(self, hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """[variants, 2 or 4, tokens]"""
         backend, reference = self.weights.backend, None
         found = {}
@@ -112,7 +110,7 @@ class Experts(Observer):
         checkpoint, self.weights = weights.checkpoint, weights
         self.moe = frozenset(weights.family.moe_layers(checkpoint.config))
         self.recorded = torch.from_numpy(recorded_positions(blocks))
-        self.recorded_before = _before(self.recorded)
+        self.recorded_before = before(self.recorded)
         self.trace = ExpertTrace.empty(
             checkpoint.num_layers, int(self.recorded.sum()), checkpoint.top_k, checkpoint.num_experts, weights.device
         )
@@ -138,7 +136,7 @@ def recorded_positions(blocks: Blocks) -> np.ndarray:
     return mask
 
 
-def _before(mask: torch.Tensor) -> torch.Tensor:
+def before(mask: torch.Tensor) -> torch.Tensor:
     """int64 [num_blocks]: how many positions of ``mask`` lie in earlier blocks."""
     counts = mask.sum(1)
     return counts.cumsum(0) - counts

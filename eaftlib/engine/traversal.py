@@ -140,7 +140,6 @@ class Traversal:
 
         for _ in self._micro_batches(len(wave), through_loss):
             pass
-        del others
         for index, layer in self.weights.layers(backwards=True):
             below = waiting.pop()
 

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import params
+from .. import params, recovery
 from ..errors import ResultError
 from ..evaluation import results
 from ..files import read_json
+from ..pruning.criteria import RECON
 from ..text.packs import UNION
 from .ledger import Entry
 
 Parameters = dict[str, Any]
 
-RECOVERY_SCHEMA = "eaft-recovery/1"
-# What a recovery leaves beside its checkpoint, which is too large to bring back and can be made of them anywhere.
-RECOVERY, TRAINED = "recovery.json", "trained.safetensors"
 _NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "out_dir"}  # where a recovery runs, not what it is
 
 
@@ -62,7 +60,7 @@ def _sources_and_rankings(parameters: Parameters) -> list[Input]:
 def _sources_ranking_and_init(parameters: Parameters) -> list[Input]:
     inputs = [*_sources(parameters), _ranking(parameters["ranking"])]
     if init := parameters["init"]:
-        advice = f"give the {TRAINED} of an earlier recovery, or None to begin with the pruned model"
+        advice = f"give the {recovery.TENSORS} of an earlier recovery, or None to begin with the pruned model"
         inputs.append(Input(init, lambda file: [file], f"init: {init} does not exist; {advice}"))
     return inputs
 
@@ -88,7 +86,7 @@ def _verify_ranking(path: Path, entry: Entry) -> None:
 
     ranking, asked = read_ranking(path), entry.params
     names = ("rows", "seq_len", "num_blocks", "entropy_topk", "cc_quantile", "w_good", "w_uncertain", "w_conflict")
-    names = (*names, "align", "seed", "packs", "pack_files")
+    names = (*names, "align", "seed", "packs", "pack_files", *(["recon_tokens"] if RECON in asked["criteria"] else []))
     _require(path, ranking.get("provenance", {}), {name: asked[name] for name in names} | {"model_id": asked["model"]})
     if set(ranking.get("criteria", {})) != set(asked["criteria"]):
         raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {asked['criteria']}")
@@ -118,7 +116,7 @@ def _verify_recovery(path: Path, entry: Entry) -> None:
     from ..evaluation.schema import Recovered
 
     content = read_json(path, ResultError, "pull again")
-    _require(path, content, {"schema": RECOVERY_SCHEMA})
+    _require(path, content, {"schema": recovery.SCHEMA})
     settings = {name: value for name, value in entry.params.items() if name not in _NO_SETTINGS}
     _require(path, content.get("settings", {}), settings)
     try:
@@ -127,7 +125,7 @@ def _verify_recovery(path: Path, entry: Entry) -> None:
         first = error.errors()[0]
         where = ".".join(map(str, ("recovered", *first["loc"])))
         raise ResultError(f"{path.name}: {where}: {first['msg']}; push the run again") from error
-    _require_tensors(path.with_name(TRAINED))
+    _require_tensors(path.with_name(recovery.TENSORS))
 
 
 def _require_tensors(path: Path) -> None:
@@ -164,7 +162,7 @@ JOBS = {
     "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result),
     "05_recover": Job(
         _sources_ranking_and_init,
-        lambda parameters: [RECOVERY, TRAINED],
+        lambda parameters: [recovery.RECORD, recovery.TENSORS],  # of these the checkpoint can be made anywhere
         _verify_recovery,
         folder=lambda parameters: f"{Path(parameters['out_dir'])}.training",
     ),

@@ -90,6 +90,7 @@ CRITERIA = {
     "eaft_reap_mean": lambda s: _mean(s["eaft_gate_norm_sum"], s["count"]),
 }
 RANDOM = "random"
+RECON = "recon"  # from Gram matrices instead of sums, see recon.py
 
 
 def criterion_scores(sums: pa.Table, criterion: str, seed: int = 0) -> np.ndarray:

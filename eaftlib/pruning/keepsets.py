@@ -108,8 +108,9 @@ def from_ranking(
 ) -> KeepSet:
     """The keep-set of a model by one criterion of its ranking file.
 
-    core_top_m and keep_super read saliency.parquet beside the ranking. Raises ParameterError or ResultError when the
-    ranking is of another model, lacks the criterion, or the count is impossible.
+    Where the criterion has a keep-set of its own for that count (``recon``: after swaps), that is it, unless core_top_m
+    or keep_super say who must stay: then the ranking fills up the rest, and saliency.parquet beside it is read. Raises
+    ParameterError or ResultError when the ranking is of another model, lacks the criterion, or the count is impossible.
     """
     content = read_ranking(ranking)
     provenance = content["provenance"]
@@ -128,7 +129,9 @@ def from_ranking(
     if core_top_m or keep_super:
         sums = read_sums(ranking, provenance)
         always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
-    ids = choose(np.array(content["criteria"][criterion]["ranking"]), count, always)
+    entry = content["criteria"][criterion]
+    own = entry.get("keep_sets", {}).get(str(count)) if always is None else None
+    ids = choose(np.array(entry["ranking"]), count, always) if own is None else np.array(own)
     chosen_by = {
         "criterion": criterion,
         "keep_n": count,
@@ -138,4 +141,6 @@ def from_ranking(
         "ranking_rows": provenance["rows"],
         "ranking_rows_sha256": provenance["rows_sha256"],
     }
+    if "keep_sets" in entry:
+        chosen_by["by"] = "ranking" if own is None else "keep_sets"
     return KeepSet(ids, checkpoint.num_experts, chosen_by)

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ResultError
+from ..errors import ParameterError, ResultError
 from ..files import read_json, write_atomically, write_json
-from .criteria import RANDOM, criterion_scores, rank_experts, sums_by_layer
+from .criteria import RANDOM, RECON, criterion_scores, rank_experts, sums_by_layer
+from .recon import reconstruct
 
 if TYPE_CHECKING:  # a trace's module loads the engine
     from .trace import Trace
@@ -21,19 +22,22 @@ if TYPE_CHECKING:  # a trace's module loads the engine
 SCHEMA = "eaft-ranking/1"
 
 
-def ranking_of(trace: Trace, sums: pa.Table, criteria: list[str], *, settings: dict, seed: int = 0) -> dict:
-    """The content of ranking.json. settings: the weights, quantile and alignment that ``sums`` were made with."""
-    routed = sums_by_layer(sums)["count"] > 0
-    entries = {}
-    for name in criteria:
-        scores = criterion_scores(sums, name, seed)
-        ranking = rank_experts(scores, None if name == RANDOM else routed)
-        entries[name] = {
-            "scores": [[None if np.isnan(x) else float(x) for x in layer] for layer in scores],
-            "ranking": ranking.tolist(),
-        }
+def ranking_of(
+    trace: Trace, sums: pa.Table, criteria: list[str], *, settings: dict, seed: int = 0, progress: bool = True
+) -> dict:
+    """The content of ranking.json. settings: the weights, quantile and alignment that ``sums`` were made with.
+
+    Raises ParameterError for ``recon`` where the trace has no Gram matrices.
+    """
     layers, _, top_k = trace.expert.shape
     provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
+    entries = {}
+    for name in criteria:
+        if name == RECON:
+            entries[name] = _by_reconstruction(trace, progress)
+            provenance["grams_sha256"] = _sha256(trace.grams, trace.router_logits)
+        else:
+            entries[name] = _by_sums(sums, name, seed)
     everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
     provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
     return {
@@ -44,6 +48,39 @@ def ranking_of(trace: Trace, sums: pa.Table, criteria: list[str], *, settings: d
         "top_k": top_k,
         "criteria": entries,
     }
+
+
+def _by_sums(sums: pa.Table, criterion: str, seed: int) -> dict:
+    scores = criterion_scores(sums, criterion, seed)
+    ranking = rank_experts(scores, None if criterion == RANDOM else sums_by_layer(sums)["count"] > 0)
+    return {
+        "scores": [[None if np.isnan(x) else float(x) for x in layer] for layer in scores],
+        "ranking": ranking.tolist(),
+    }
+
+
+def _by_reconstruction(trace: Trace, progress: bool) -> dict:
+    """Beside scores and ranking, by count: ``keep_sets``, ids per layer after swaps, and ``losses``, theirs per layer."""
+    if trace.grams is None:
+        raise ParameterError(
+            "criteria: 'recon' needs Gram matrices of experts' outputs, which this trace has none of. Record it again "
+            "with recon_tokens, or leave recon out."
+        )
+    layers = reconstruct(trace.grams, trace.router_logits, trace.expert.shape[2], progress)
+    counts = layers[0].keep_sets
+    return {
+        "scores": [layer.scores.tolist() for layer in layers],
+        "ranking": [layer.ranking.tolist() for layer in layers],
+        "keep_sets": {str(n): [layer.keep_sets[n].tolist() for layer in layers] for n in counts},
+        "losses": {str(n): [layer.losses[n] for layer in layers] for n in counts},
+    }
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def sums_sha256(sums: pa.Table) -> str:

@@ -23,7 +23,8 @@ class Trace:
 
     nll, entropy float32 [N] per kept token. predictor_row, token_row int64 [N]: the recorded row where the token is
     predicted (position t-1) and where it stands (t). expert (integers), gate, norm, peak float32 [L, R, top_k] per
-    recorded row, see ExpertTrace. provenance: what it came from.
+    recorded row, see ExpertTrace. provenance: what it came from. grams, router_logits: float32, of the sampled tokens,
+    where those were asked for, see GramTrace.
     """
 
     nll: np.ndarray
@@ -36,6 +37,8 @@ class Trace:
     peak: np.ndarray
     num_experts: int
     provenance: dict
+    grams: np.ndarray | None = None
+    router_logits: np.ndarray | None = None
 
     @property
     def probability(self) -> np.ndarray:
@@ -67,15 +70,28 @@ def record(
     placement: Placement,
     *,
     entropy_topk: int = 20,
+    recon_tokens: int = 0,
     progress: bool = True,
 ) -> tuple[Trace, forward.Pass]:
-    """One pass over calibration blocks that records every routed pair."""
+    """One pass over calibration blocks that records every routed pair.
+
+    recon_tokens: for the criterion ``recon``, at how many positions to record what all experts would have done.
+    """
     weights = Weights(checkpoint, placement)
-    run = forward.score(weights, blocks, entropy_topk=entropy_topk, record_experts=True, progress=progress)
+    run = forward.score(
+        weights,
+        blocks,
+        entropy_topk=entropy_topk,
+        record_experts=True,
+        gram_tokens=recon_tokens,
+        progress=progress,
+    )
     recorded = recorded_positions(blocks)
     row_of = np.cumsum(recorded.ravel()).reshape(recorded.shape) - 1  # recorded rows in block order
     block, position = np.nonzero(blocks.kept)
     expert, gate, norm, peak = (tensor.numpy() for tensor in run.experts.tensors)
+    grams, router_logits = (tensor.numpy() for tensor in run.grams.tensors) if run.grams else (None, None)
+    sampled = {"recon_tokens": recon_tokens, "recon_tokens_found": grams.shape[1]} if run.grams else {}
     result = Trace(
         nll=run.variants[0].nll,
         entropy=run.variants[0].entropy,
@@ -101,6 +117,9 @@ def record(
             "entropy_topk": entropy_topk,
             "device": placement.device.type,
             "dtype": placement.precision.name,
-        },
+        }
+        | sampled,
+        grams=grams,
+        router_logits=router_logits,
     )
     return result, run

@@ -146,16 +146,22 @@ class Recovery:
         Every ``check_every`` steps there is a look, then ``save`` and ``on_look``.
         """
         leaves, schedule = self.trained.leaves, self.schedule
-        optimizer = torch.optim.AdamW(leaves.values(), betas=BETAS, weight_decay=0.0, fused=self.weights.device.type == "cuda")
+        optimizer = torch.optim.AdamW(
+            leaves.values(), betas=BETAS, weight_decay=0.0, fused=self.weights.device.type == "cuda"
+        )
         if state.leaves:
             self.trained.set(state.leaves)
             _set_moments(optimizer, leaves, state.moments)
-        first = self._look(0 if not state.curve else state.curve[-1].step, None, 0.0)  # also: thresholds, the whole's PPL
+        first = self._look(
+            0 if not state.curve else state.curve[-1].step, None, 0.0
+        )  # also: thresholds, the whole's PPL
         if not state.curve:
             state.curve.append(first)
             state.best = _copies(leaves)
             on_look(state.curve)
-        distillation = Distillation(self.weights, self.teacher, self.student, self.objective.other_weight, self._regions)
+        distillation = Distillation(
+            self.weights, self.teacher, self.student, self.objective.other_weight, self._regions
+        )
         losses, started, before = [], time.perf_counter(), state.curve[-1].seconds
         start = state.curve[-1].step
         total = (schedule.steps - start) * schedule.batch_blocks * self.text.seq_len
@@ -263,7 +269,6 @@ def _set_moments(
     for name, leaf in leaves.items():
         own = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
         optimizer.state[leaf] = {
-            kind: value.to(leaf.device if kind != "step" or leaf.is_cuda else "cpu", copy=True) for kind, value in own.items()
+            kind: value.to(leaf.device if kind != "step" or leaf.is_cuda else "cpu", copy=True)
+            for kind, value in own.items()
         }
-
-

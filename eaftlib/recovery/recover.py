@@ -20,11 +20,11 @@ from ..model.checkpoint import Checkpoint
 from ..pruning import slicing
 from ..pruning.keepsets import KeepSet
 from ..text.packs import Blocks
+from . import RECORD, SCHEMA, TENSORS
 from .loop import Look, Objective, Recovery, Schedule, State, hold_back
 from .trained import Trained
 
-SCHEMA = "eaft-recovery/1"
-STATE, RECORD, TENSORS = "state.safetensors", "recovery.json", "trained.safetensors"
+STATE = "state.safetensors"
 
 
 def training_folder(out_dir: str | Path) -> Path:
@@ -55,8 +55,8 @@ def recover(
     The whole model is the teacher, through the same weights. The last ``held_out_blocks`` of ``blocks`` are not trained on:
     of all looks at them, the best one's tensors are written. settings: all that was asked for, as recorded. init:
     trained.safetensors of an earlier run with the same model, keep-set and parts, to begin with. on_look: called on the
-    first rank after each look. A run that was killed goes on from its last look; one with other settings sets its state aside. Raises CheckpointError
-    when out_dir exists and is not this run's.
+    first rank after each look. A run that was killed goes on from its last look; one with other settings sets its state
+    aside. Raises CheckpointError when out_dir exists and is not this run's.
     """
     identity = _identity(checkpoint, keep, blocks, placement, settings, init)
     if (found := _finished(Path(out_dir), identity)) is not None:
@@ -195,5 +195,3 @@ def _read_tensors(path: Path, checkpoint: Checkpoint, keep: KeepSet) -> dict[str
                     "from tensors of the same model and the same keep-set"
                 )
         return {name: file.get_tensor(name) for name in file.keys()}
-
-

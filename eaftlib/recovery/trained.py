@@ -84,7 +84,9 @@ class Trained:
         mine = self.leaves
         different = sorted(mine.keys() ^ leaves.keys()) or [n for n in mine if mine[n].shape != leaves[n].shape]
         if different:
-            raise ResultError(f"trained tensors: {different[0]!r} is not the same here and there: other parts were trained")
+            raise ResultError(
+                f"trained tensors: {different[0]!r} is not the same here and there: other parts were trained"
+            )
         for name, leaf in mine.items():
             leaf.copy_(leaves[name])
 

@@ -1,18 +1,26 @@
 """Pictures of rankings, landscapes and keep-count curves. Every function returns a Picture."""
 
+from __future__ import annotations
+
 import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .model import Curve, Row
 
+if TYPE_CHECKING:  # loads the engine
+    from ..recovery.loop import Look
+
 COLORS = {
     "eaft_reap": "#c0392b",
     "reap_mass": "#2471a3",
     "reap": "#8e44ad",
+    "recon": "#1e8449",
     "ean": "#16a085",
     "frequency": "#d68910",
     "gate_mass": "#7f8c8d",
@@ -77,6 +85,20 @@ def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
     return figure
 
 
+def reconstruction_loss(losses: dict[str, list[float]]) -> Picture:
+    """Predicted loss by experts kept, a line per layer; losses: the criterion ``recon``'s, by count and layer."""
+    figure, axes = _panel(7, 4)
+    counts, lines = [int(n) for n in losses], np.array(list(losses.values())).T
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
+    for layer, (line, color) in enumerate(zip(lines, colors, strict=True)):
+        ends = layer in (0, len(lines) - 1)
+        axes.plot(counts, line, color=color, linewidth=1.2, label=f"layer {layer}" if ends else None)
+    axes.plot(counts, lines.mean(0), color="#c0392b", linewidth=2.2, label="mean")
+    axes.set(xlabel="experts kept per layer", ylabel="share of the experts' output lost", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Picture:
     """Share of the kept experts that two criteria have in common at ``keep_n``, over all layers."""
     names = list(rankings)
@@ -94,6 +116,42 @@ def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Picture:
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_title(f"kept experts in common at keep {keep_n}", fontsize=10)
+    return figure
+
+
+class RecoveryCurve:
+    """The perplexity of text that is held back over tokens trained on; called with the looks so far, it draws them anew."""
+
+    def __init__(self):
+        self._display = None
+
+    def __call__(self, curve: Sequence[Look]) -> None:
+        from IPython.display import display
+
+        if self._display is None:
+            self._display = display(recovery_curve(curve), display_id=True)
+        else:
+            self._display.update(recovery_curve(curve))
+
+
+def recovery_curve(curve: Sequence[Look]) -> Picture:
+    """Perplexity and divergence from the whole model over tokens trained on, on text that is held back; the best marked."""
+    figure = Picture(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tokens = [look.tokens / 1e6 for look in curve]
+    best = min(range(len(curve)), key=lambda i: curve[i].held_out_kl)
+    for axes, values, name in (
+        (left, [look.held_out_ppl for look in curve], "perplexity, held back"),
+        (right, [look.held_out_kl for look in curve], "KL to the whole model, held back"),
+    ):
+        axes.plot(tokens, values, marker="o", markersize=4, linewidth=1.6, color="#2471a3")
+        axes.plot(tokens[best], values[best], marker="*", markersize=12, color="#c0392b")
+        axes.annotate(
+            f"{values[best]:.4g}", (tokens[best], values[best]), (0, 8), textcoords="offset points", fontsize=8
+        )
+        axes.set(xlabel="million tokens trained on", ylabel=name)
+        _tidy(axes)
+    right.set_yscale("log")
     return figure
 
 

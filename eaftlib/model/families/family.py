@@ -62,6 +62,10 @@ class Family(ABC):
         """The module that computes a layer's experts."""
 
     @abstractmethod
+    def router(self, layer: nn.Module) -> nn.Module:
+        """The module that routes a layer's tokens; what it returns begins with the logits [T, E] that choose experts."""
+
+    @abstractmethod
     def build_final_norm(self, config: PreTrainedConfig) -> nn.Module: ...
 
     @abstractmethod

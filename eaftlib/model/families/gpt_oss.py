@@ -68,6 +68,9 @@ class GptOss(Family):
     def experts(self, layer: nn.Module) -> nn.Module:
         return layer.mlp.experts
 
+    def router(self, layer: nn.Module) -> nn.Module:
+        return layer.mlp.router
+
     def build_final_norm(self, config: GptOssConfig) -> nn.Module:
         return GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
