@@ -14,7 +14,7 @@ from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
 from eaftlib.evaluation.compare import require_comparable
 from eaftlib.evaluation.evaluate import evaluate
-from eaftlib.evaluation.identity import FACTS, Identity, Question, input_sha256
+from eaftlib.evaluation.identity import FACTS, Identity, Question
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.text.packs import Blocks, PackSource
 
@@ -228,7 +228,7 @@ def test_input_sha256_covers_tokens_mask_and_shape():
     tokens, kept = np.arange(24, dtype=np.int32).reshape(4, 6), np.arange(24).reshape(4, 6) % 3 == 0
 
     def digest(tokens, kept):
-        return input_sha256(Blocks("a", "all", tokens, kept, 1, "r"))
+        return Blocks("a", "all", tokens, kept, 1, "r").input_sha256
 
     other_token, other_kept = tokens.copy(), kept.copy()
     other_token[3, 5], other_kept[3, 5] = 70000, True

@@ -217,7 +217,8 @@ def test_a_backend_can_be_forced_and_says_where_it_cannot_serve(checkpoint, cpu)
         ((7, 5), "float32", False, "plain"),
         ((8, 0), "bfloat16", False, "fused"),
         ((9, 0), "float32", False, "fused"),
-        ((9, 0), "bfloat16", True, "plain"),
+        ((9, 0), "bfloat16", True, "fused"),
+        ((7, 5), "float32", True, "plain"),
     ],
 )
 def test_the_backend_follows_capability_and_purpose_not_the_grad_mode(

@@ -21,7 +21,7 @@ from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import MANIFEST, checkpoint_sizes
 from ..text.packs import Blocks, PackSource, pack_blocks
 from . import results
-from .identity import Identity, Question, input_sha256
+from .identity import Identity, Question
 from .statistics import Tokens, aggregate
 
 
@@ -141,7 +141,7 @@ def _inputs(blocks: Blocks) -> dict:
     return {
         "rows_seen": blocks.rows_seen,
         "rows_sha256": blocks.rows_sha256,
-        "input_sha256": input_sha256(blocks),
+        "input_sha256": blocks.input_sha256,
     }
 
 
