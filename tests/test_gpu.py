@@ -363,7 +363,7 @@ def gradients(demo, blocks, placement):
 def test_gradients_streamed_are_those_of_resident_layers_and_of_the_cpu(demo, demo_blocks, monkeypatch, waiting):
     with torch.inference_mode(False):
         few = replace(demo_blocks, tokens=demo_blocks.tokens[:6], kept=demo_blocks.kept[:6])
-        monkeypatch.setitem(traversal.TRAINING_TOKENS, "cuda", 2 * 512)
+        monkeypatch.setitem(traversal.TRAINING_VALUES, "cuda", 2 * 512 * 128)
         resident, opened = gradients(demo, few, devices.place("cuda", "float32"))
         assert opened.resident
         on_cpu, _ = gradients(demo, few, devices.place("cpu"))

@@ -24,7 +24,7 @@ TRAINED = ("router", "_bias", "norm", "self_attn")  # routers, expert biases, no
 @pytest.fixture(params=["resident", "streamed"])
 def training(request, checkpoint, cpu, monkeypatch):
     """Weights to train with; streamed layers are read once on each way."""
-    monkeypatch.setitem(traversal.TRAINING_TOKENS, "cpu", 80)
+    monkeypatch.setitem(traversal.TRAINING_VALUES, "cpu", 80 * world.HIDDEN)
     if request.param == "streamed":
         monkeypatch.setattr(weights, "RESIDENT_SHARE", 0)
     return Weights(checkpoint, cpu, training=True)

@@ -17,7 +17,8 @@ from .variants import Variant
 from .weights import Weights
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-TRAINING_TOKENS = {"cpu": 4096, "cuda": 4096}  # likewise, on the way back: what a layer computed waits for its gradient
+# Likewise on the way back, where what a layer computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
+TRAINING_VALUES = {"cpu": 1 << 19, "cuda": 4096 * 2880}  # of hidden states at once
 DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
 HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
@@ -40,8 +41,10 @@ class Traversal:
         self.weights, self.variants, self.observers = weights, variants, observers
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.device, self.seq_len = weights.device, blocks.seq_len
-        at_once = TRAINING_TOKENS if weights.backend.training else MICRO_BATCH_TOKENS
-        self.batch = min(max(1, at_once[self.device.type] // self.seq_len), len(self.tokens))
+        at_once = MICRO_BATCH_TOKENS[self.device.type]
+        if weights.backend.training:
+            at_once = TRAINING_VALUES[self.device.type] // weights.checkpoint.config.hidden_size
+        self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
         self._keeps_graphs = weights.resident
         self.positions = torch.arange(self.seq_len, device=self.device)[None]
 
