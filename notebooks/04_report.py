@@ -55,7 +55,8 @@ if found.curve:
 
 # %% [markdown]
 # **Read from it:** inside the green band a keep-set passes the perplexity gate. Where a line crosses it is how many experts that
-# criterion can spare. Bars are 95 % intervals.
+# criterion can spare. A star is a recovered model: pruned, then trained in its small tensors, so it stands on no criterion's line. Bars
+# are 95 % intervals.
 
 # %%
 display(Markdown(tables.markdown(found)))

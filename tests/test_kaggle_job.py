@@ -13,7 +13,7 @@ from test_params import RECOVER
 from eaftlib import notebooks, params
 from eaftlib.errors import ResultError
 from eaftlib.files import read_json
-from eaftlib.kaggle import build, job, pulling, pushing
+from eaftlib.kaggle import build, job, outcome, pulling, pushing
 from eaftlib.kaggle.service import Service
 
 KAGGLE = Path(job.__file__).parent
@@ -175,6 +175,8 @@ def test_where_a_recovery_ran_is_none_of_its_settings(tmp_path, name):
 @pytest.mark.parametrize(
     "change, words",
     [
+        ({"settings": None}, r"recovery\.json: .* is None, expected "),
+        ({"settings": ["rows"]}, r"recovery\.json: .* is None, expected "),
         ({"schema": "eaft-recovery/0"}, "schema is eaft-recovery/0, expected eaft-recovery/1"),
         ({"recovered": None}, r"recovery\.json: recovered: "),
         ({"recovered": TRAINED | {"parameters_share": 3.6}}, r"recovered\.parameters_share: "),
@@ -196,6 +198,11 @@ def test_a_recovery_without_its_tensors_is_none(tmp_path):
     tensors.unlink()
     with pytest.raises(ResultError, match=r"trained\.safetensors cannot be read"):
         job.JOBS["05_recover"].verify(path, entry)
+
+
+def test_a_recovery_that_failed_leaves_nothing_that_an_evaluation_could_go_on_from(tmp_path):
+    leave(tmp_path)
+    assert outcome.partial_results(tmp_path) == []
 
 
 @pytest.mark.parametrize(

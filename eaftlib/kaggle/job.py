@@ -118,7 +118,8 @@ def _verify_recovery(path: Path, entry: Entry) -> None:
     content = read_json(path, ResultError, "pull again")
     _require(path, content, {"schema": recovery.SCHEMA})
     settings = {name: value for name, value in entry.params.items() if name not in _NO_SETTINGS}
-    _require(path, content.get("settings", {}), settings)
+    found = content.get("settings")
+    _require(path, found if isinstance(found, dict) else {}, settings)
     try:
         Recovered.model_validate(content.get("recovered"))
     except ValidationError as error:
