@@ -5,7 +5,7 @@ DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
 
-.PHONY: setup demo test check notebooks rank prune evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup demo test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -48,11 +48,12 @@ check: $(READY)
 notebooks: $(READY)
 	$(PY) -m eaftlib notebooks
 
-rank prune evaluate report: $(READY)
+rank prune recover evaluate report: $(READY)
 	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS=params/MODEL/NAME.yaml"; exit 2; }
 	$(call execute,$(notebook_$@),$(PARAMS))
 notebook_rank := 01_rank
 notebook_prune := 02_prune
+notebook_recover := 05_recover
 notebook_evaluate := 03_evaluate
 notebook_report := 04_report
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import cpu
 import gpu_kernels
 import gpu_passes
+import gpu_recovery
 import torch
 from harness import ROOT, print_table, save
 from make_checkpoint import write_checkpoint
@@ -30,11 +31,15 @@ COMPARISONS = {
     "gpus": lambda folder: (gpu_passes.compare_gpus(full_shape(folder)), {}),
     "streamed": lambda folder: (gpu_passes.compare_streamed(full_shape(folder)), {}),
     "profile": lambda folder: ([], {"profile": gpu_passes.profile(full_shape(folder))}),
+    "recover": lambda folder: (gpu_recovery.compare_recovery(full_shape(folder)), {}),
+    "recover-gpus": lambda folder: (gpu_recovery.compare_gpus(full_shape(folder)), {}),
+    "recover-profile": lambda folder: ([], {"recover-profile": gpu_recovery.profile_step(full_shape(folder))}),
     "120b": lambda folder: ([], {"120b": gpu_passes.layers_of_120b(folder)}),
 }
 ON_CPU = ["evaluate"]
-ON_GPU = ["statistics", "divergence", "pass", "profile", "streamed", "120b", "experts", "attention", "decode"]
-ON_GPUS = [*ON_GPU, "gpus"]
+ON_GPU = ["statistics", "divergence", "pass", "profile", "streamed", "recover", "recover-profile", "120b"]
+ON_GPU += ["experts", "attention", "decode"]
+ON_GPUS = [*ON_GPU, "gpus", "recover-gpus"]
 
 
 def full_shape(folder: Path) -> str:

@@ -18,6 +18,8 @@ BASE = "base"  # label of the whole model
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
+Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
+LossWeight = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class Parameters(BaseModel):
@@ -95,16 +97,17 @@ class KeepSetParameters(Parameters):
     core_top_m: int = 0
     keep_super: bool = False
 
+    @property
+    def keep_set(self) -> dict[str, Any]:
+        """Arguments of keepsets.from_ranking."""
+        return self.model_dump(include=set(KeepSetParameters.model_fields))
+
 
 class Prune(KeepSetParameters):
     """02_prune"""
 
     model: str
     out_dir: str
-
-    @property
-    def keep_set(self) -> dict[str, Any]:
-        return self.model_dump(include=set(KeepSetParameters.model_fields))
 
 
 class LabelledKeepSet(KeepSetParameters):
@@ -170,7 +173,79 @@ class Evaluate(Parameters):
         """Label -> arguments of keepsets.from_ranking, or None for the whole model, which is ``base`` if nothing is said."""
         if isinstance(self.keep_set, list):
             return {entry.label: entry.keep_set for entry in self.keep_set}
-        return {self.label or BASE: self.keep_set and self.keep_set.model_dump()}
+        return {self.label or BASE: self.keep_set and self.keep_set.keep_set}
+
+
+class Recover(KeepSetParameters):
+    """05_recover"""
+
+    model: str
+    trained: Annotated[list[Trained], Field(min_length=1)]
+    attention_rank: Positive | None
+    packs: str
+    pack_files: list[str] | None
+    rows: Rows
+    seq_len: Positive
+    num_blocks: Positive
+    held_out_blocks: Positive
+    batch_blocks: Positive
+    steps: Annotated[int, Field(ge=0)]
+    learning_rate: Annotated[FiniteFloat, Field(gt=0)]
+    check_every: Positive
+    patience: Positive
+    other_weight: Annotated[float, Field(ge=0, le=1)]
+    entropy_topk: Annotated[int, Field(ge=2)]
+    cc_quantile: Share
+    w_good: LossWeight
+    w_uncertain: LossWeight
+    w_conflict: LossWeight
+    seed: int
+    init: str | None
+    device: str
+    dtype: str
+    max_gpu_memory: Annotated[float, Field(gt=0)] | None
+    out_dir: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, but for where it runs and where it goes."""
+        return self.model_dump(exclude={"device", "dtype", "max_gpu_memory", "out_dir"})
+
+    @field_validator("trained")
+    @classmethod
+    def _each_once(cls, trained: list[str]) -> list[str]:
+        if twice := next((name for name in trained if trained.count(name) > 1), None):
+            raise ValueError(f"{twice!r} is given twice in {trained}; expected each once")
+        return trained
+
+    @model_validator(mode="after")
+    def _rank_of_trained_attention(self) -> Self:
+        if self.attention_rank is not None and "attention" not in self.trained:
+            raise ValueError(
+                f"attention_rank: found {self.attention_rank}, but trained is {self.trained}; set None, or train attention"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_for_training(self) -> Self:
+        training = self.num_blocks - self.held_out_blocks
+        if training <= 0:
+            raise ValueError(
+                f"held_out_blocks: found {self.held_out_blocks}, expected fewer than num_blocks ({self.num_blocks}): no block "
+                "would be left to train on"
+            )
+        if self.batch_blocks > training:
+            raise ValueError(
+                f"batch_blocks: found {self.batch_blocks}, expected at most {training}, the blocks to train on "
+                f"(num_blocks {self.num_blocks} less held_out_blocks {self.held_out_blocks})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_tokens_count(self) -> Self:
+        if self.w_good == self.w_uncertain == self.w_conflict == 0:
+            raise ValueError("w_good, w_uncertain, w_conflict: all are 0, so that no token counts; let one be above 0")
+        return self
 
 
 class Report(Parameters):
@@ -182,7 +257,13 @@ class Report(Parameters):
     out_dir: str
 
 
-NOTEBOOKS = {"01_rank": Rank, "02_prune": Prune, "03_evaluate": Evaluate, "04_report": Report}
+NOTEBOOKS = {
+    "01_rank": Rank,
+    "02_prune": Prune,
+    "03_evaluate": Evaluate,
+    "04_report": Report,
+    "05_recover": Recover,
+}
 
 
 def of_notebook(notebook: str, values: dict[str, Any]) -> Parameters:

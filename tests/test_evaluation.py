@@ -18,6 +18,7 @@ from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.pruning.slicing import prune
 from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import pack_blocks
 
@@ -315,10 +316,33 @@ def test_a_label_that_is_no_file_name_is_refused(checkpoint, source, cpu, tmp_pa
 
 
 def test_a_pruned_checkpoint_says_how_it_was_chosen(checkpoint, source, cpu, keep, tmp_path):
-    from eaftlib.pruning.slicing import prune
-
     prune(checkpoint, keep, tmp_path / "pruned", progress=False)
     settings = SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
     (path,) = evaluate(Checkpoint(str(tmp_path / "pruned")), source, cpu, {"p": None}, out_dir=tmp_path, **settings)
     meta = results.read(path).meta
-    assert meta["keep_set"] == keep.chosen_by and meta["num_experts"] == 4
+    assert meta["keep_set"] == keep.chosen_by and meta["num_experts"] == 4 and meta["recovered"] is None
+
+
+RECOVERED = {
+    "trained": ["routers", "norms"], "attention_rank": None, "parameters": 3970, "parameters_share": 0.036, "steps": 600,
+    "best_step": 550, "tokens": 19660800, "text": {"pack": "UNION", "rows": "calib"}, "init": None,
+}  # fmt: skip
+
+
+def test_a_recovered_checkpoint_says_what_was_trained(checkpoint, source, cpu, keep, tmp_path):
+    """As its manifest does; a result of the same weights before it was trained is another model's."""
+    pruned, settings = tmp_path / "pruned", SETTINGS | {"only": ["UNION"], "seq_lens": [24]}
+    manifest = prune(checkpoint, keep, pruned, progress=False)
+    evaluate(Checkpoint(str(pruned)), source, cpu, {"x": None}, out_dir=tmp_path, **settings)
+    (pruned / "prune_manifest.json").write_text(json.dumps(manifest | {"recovered": RECOVERED}))
+    there = Checkpoint(str(pruned))
+    (path,) = evaluate(there, source, cpu, {"p": None}, out_dir=tmp_path, **settings)
+    assert results.read(path).meta["recovered"] == RECOVERED and results.read(path).meta["keep_set"] == keep.chosen_by
+    with pytest.raises(
+        EaftError, match=r"x\.json is the result of another model: recovered is None against \{'trained'"
+    ):
+        evaluate(there, source, cpu, {"x": None}, out_dir=tmp_path, **settings)
+
+
+def test_neither_the_whole_model_nor_a_keep_set_of_it_is_recovered(folder):
+    assert [results.read(folder / f"{label}.json").meta["recovered"] for label in ("base", "half")] == [None, None]

@@ -48,6 +48,25 @@ def test_equal_to_transformers_loop(module, routed, compute, measure):
     torch.testing.assert_close(peak, torch.stack([y.abs().amax(-1) for y in alone], 1), rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_grouped_products_are_autograds(module, routed):
+    """For what recovery trains: hidden states, router weights, both biases; through transformers' own loop."""
+    hidden, ids, gates = routed
+    biases = ("gate_up_proj_bias", "down_proj_bias")
+    arriving = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    found = []
+    for compute in (lambda *a: module(*a), lambda *a: experts.grouped(module, *a, False)[0]):
+        leaves = [x.clone().requires_grad_() for x in (hidden, gates)]
+        for name in biases:
+            getattr(module, name).requires_grad_(True)
+        value = compute(leaves[0], ids, leaves[1])
+        found.append(torch.autograd.grad(value, [*leaves, *(getattr(module, n) for n in biases)], arriving))
+        module.requires_grad_(False)
+    for expected, gradient in zip(*found, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    assert not found[1][2][0].any() and not found[1][3][-1].any()  # experts without a token
+
+
 def test_a_probe_writes_its_rows_of_its_layer(module, routed):
     hidden, ids, gates = routed
     trace = experts.ExpertTrace.empty(2, 10, 2, EXPERTS, torch.device("cpu"))

@@ -10,7 +10,7 @@ from test_results import random_tokens
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.evaluation import gates as module
 from eaftlib.evaluation.compare import Delta
-from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows
+from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows, trained_on_its_rows
 from eaftlib.evaluation.results import Result
 from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.evaluation.statistics import aggregate
@@ -249,8 +249,8 @@ def test_gates_without_a_primary_length_never_pass():
     assert judge(result("c"), result("b"), Gates("x", "UNION", (), read_gates(FILE).limits)).status != "PASS"
 
 
-@pytest.mark.parametrize(
-    "ranking_rows, rows, saw",
+earlier_and_judged_rows = pytest.mark.parametrize(
+    "earlier_rows, rows, saw",
     [
         ("calib", "eval", False),
         ("eval", "calib", False),
@@ -261,14 +261,28 @@ def test_gates_without_a_primary_length_never_pass():
         ("all", "all", True),
     ],
 )
-def test_a_candidate_judged_on_rows_that_chose_its_experts_is_marked(gates, ranking_rows, rows, saw):
-    candidate = result("c", meta={"rows": rows, "keep_set": {"ranking_rows": ranking_rows}})
+
+
+@earlier_and_judged_rows
+def test_a_candidate_judged_on_rows_that_chose_its_experts_is_marked(gates, earlier_rows, rows, saw):
+    candidate = result("c", meta={"rows": rows, "keep_set": {"ranking_rows": earlier_rows}})
     assert saw_its_rows(candidate) == saw
     assert any("chosen on rows" in r for r in judge(candidate, result("b"), gates).reasons) == saw
 
 
+@earlier_and_judged_rows
+def test_a_candidate_judged_on_rows_that_it_was_trained_on_is_marked(gates, earlier_rows, rows, saw):
+    """Whatever its ranking saw."""
+    recovered = {"parameters_share": 0.1, "tokens": 9, "text": {"rows": earlier_rows}}
+    for ranking_rows in ("calib", "eval"):
+        meta = {"rows": rows, "keep_set": {"ranking_rows": ranking_rows}, "recovered": recovered}
+        reasons = judge(result("c", meta=meta), result("b"), gates).reasons
+        assert ("it may have been trained on rows that it is judged on" in reasons) == saw
+
+
 def test_a_whole_model_saw_no_rows():
-    assert not saw_its_rows(result("b", meta={"rows": "all", "keep_set": None}))
+    whole = result("b", meta={"rows": "all", "keep_set": None, "recovered": None})
+    assert not saw_its_rows(whole) and not trained_on_its_rows(whole)
 
 
 def rewritten(tmp_path, change):

@@ -95,7 +95,7 @@ HASHES = ["model_sha256", "ranking_sha256", "tokens_sha256", "saliency_sha256", 
 @pytest.mark.parametrize("label", LABELS)
 def test_a_result_holds_the_same_numbers(made, golden, label):
     found, expected = (json.loads((folder / f"{label}.json").read_text()) for folder in (made / "evaluation", golden))
-    same(found, expected, new=["eos_token_id", "input_sha256"], other=[*VERSIONS, *HASHES, "tok_s_pred"])
+    same(found, expected, new=["eos_token_id", "input_sha256", "recovered"], other=[*VERSIONS, *HASHES, "tok_s_pred"])
     assert found["meta"]["eos_token_id"] == 1 and found["meta"]["model_sha256"] != expected["meta"]["model_sha256"]
     for pack in found["packs"]:
         assert all(len(entry["input_sha256"]) == 64 for entry in pack["seq"].values())

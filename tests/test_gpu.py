@@ -351,7 +351,7 @@ def gradients(demo, blocks, placement):
     def loss(ids, hidden):
         ids = ids.to(opened.device)
         wanted = kept[ids][:, 1:]
-        logits = hidden[:, :-1][wanted] @ opened.lm_head.to(hidden.dtype).T
+        logits = hidden[-1][:, :-1][wanted] @ opened.lm_head.to(hidden[-1].dtype).T
         return torch.nn.functional.cross_entropy(logits.float(), tokens[ids][:, 1:][wanted].long(), reduction="sum")
 
     for _ in Traversal(opened, blocks, [Variant(opened, most_of(demo), changed)]).backward(loss):
@@ -363,7 +363,7 @@ def gradients(demo, blocks, placement):
 def test_gradients_streamed_are_those_of_resident_layers_and_of_the_cpu(demo, demo_blocks, monkeypatch, waiting):
     with torch.inference_mode(False):
         few = replace(demo_blocks, tokens=demo_blocks.tokens[:6], kept=demo_blocks.kept[:6])
-        monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 2 * 512)
+        monkeypatch.setitem(traversal.TRAINING_VALUES, "cuda", 2 * 512 * 128)
         resident, opened = gradients(demo, few, devices.place("cuda", "float32"))
         assert opened.resident
         on_cpu, _ = gradients(demo, few, devices.place("cpu"))
@@ -376,3 +376,16 @@ def test_gradients_streamed_are_those_of_resident_layers_and_of_the_cpu(demo, de
         scale = expected.abs().max().item()
         torch.testing.assert_close(streamed[name], expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: n + m)
         assert relative_error(expected, on_cpu[name].double()) < 2e-2, name
+
+
+def test_gradients_in_bfloat16_err_no_more_with_fused_kernels(demo, demo_blocks):
+    """Against float32 on the CPU; PyTorch alone, an expert at a time, is what bfloat16 allows."""
+    with torch.inference_mode(False):
+        few = replace(demo_blocks, tokens=demo_blocks.tokens[:6], kept=demo_blocks.kept[:6])
+        truth, _ = gradients(demo, few, devices.place("cpu"))
+        found = {b: gradients(demo, few, devices.place("cuda", "bfloat16", backend=b)) for b in ("fused", "plain")}
+    assert found["fused"][1].backend.experts != found["plain"][1].backend.experts
+    flat = {b: torch.cat([g.flatten() for g in grads.values()]) for b, (grads, _) in found.items()}
+    exact = torch.cat([truth[name].flatten() for name in found["fused"][0]]).double()
+    errors = {b: relative_error(g, exact) for b, g in flat.items()}
+    assert errors["fused"] < max(1.25 * errors["plain"], 0.02), errors

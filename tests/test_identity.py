@@ -14,7 +14,7 @@ from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
 from eaftlib.evaluation.compare import require_comparable
 from eaftlib.evaluation.evaluate import evaluate
-from eaftlib.evaluation.identity import FACTS, Identity, Question, input_sha256
+from eaftlib.evaluation.identity import FACTS, Identity, Question
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.text.packs import Blocks, PackSource
 
@@ -174,10 +174,12 @@ def test_a_run_goes_on_only_from_the_same_of_all_that_is_recorded(recorded):
 
 def test_every_fact_is_recorded(recorded):
     facts = Identity.of(*recorded).facts
-    assert {place for place in FACTS if facts[place] is None} == {"meta.keep_set", "meta.gpu_name"}
+    assert {place for place in FACTS if facts[place] is None} == {
+        "meta.keep_set", "meta.recovered", "meta.gpu_name",
+    }  # fmt: skip
 
 
-MODEL = ["model_sha256", "keep_set", "dtype"]
+MODEL = ["model_sha256", "keep_set", "recovered", "dtype"]
 SETTINGS = ["tokenizer_sha256", "eos_token_id", "rows", "num_blocks", "entropy_topk", "cc_quantile"]
 INPUT = ["pack", "seq_len", "rows_seen", "rows_sha256", "input_sha256"]
 MACHINE = ["label", "model_id", "num_experts", "top_k", "bytes_total", "dataset_repo", "pack_files", "scored_with"]
@@ -190,7 +192,7 @@ MACHINE += ["engine", "code_sha256", "device", "gpu_name", "torch", "transformer
         (Question.COMPARABLE, [*SETTINGS, *INPUT, "kept_tokens", "xbins", "ybins"]),
         (Question.MERGEABLE, [*MODEL, *SETTINGS]),
         (Question.RESUMABLE, [*MODEL, *SETTINGS, *INPUT, *MACHINE]),
-        (Question.SAME_MODEL, ["model_sha256", "keep_set"]),
+        (Question.SAME_MODEL, ["model_sha256", "keep_set", "recovered"]),
     ],
 )
 def test_which_facts_decide_which_question(recorded, question, names):
@@ -226,7 +228,7 @@ def test_input_sha256_covers_tokens_mask_and_shape():
     tokens, kept = np.arange(24, dtype=np.int32).reshape(4, 6), np.arange(24).reshape(4, 6) % 3 == 0
 
     def digest(tokens, kept):
-        return input_sha256(Blocks("a", "all", tokens, kept, 1, "r"))
+        return Blocks("a", "all", tokens, kept, 1, "r").input_sha256
 
     other_token, other_kept = tokens.copy(), kept.copy()
     other_token[3, 5], other_kept[3, 5] = 70000, True

@@ -139,9 +139,10 @@ SHIPPED = [f for f in sorted((ROOT / "params").glob("*/*.yaml")) if not f.name.s
 def test_what_a_notebook_gets_passes_its_own_check(here, file):
     """Every shipped run, read back from its built notebook as the notebook's kernel would, is what the file says."""
     said = yaml.safe_load((ROOT / file).read_text())
-    kind = params.Rank if Path(file).name.startswith("rank") else params.Evaluate
+    kinds = {"rank": params.Rank, "recover": params.Recover}
+    kind = next((kind for name, kind in kinds.items() if Path(file).name.startswith(name)), params.Evaluate)
     (here / "demo").symlink_to(ROOT / "demo")
-    for keep in said.get("keep_set") or []:
+    for keep in [said, *(said.get("keep_set") or [])]:
         if "ranking" in keep:
             Path(keep["ranking"]).parent.mkdir(parents=True, exist_ok=True)
             Path(keep["ranking"]).write_text("{}")
@@ -289,7 +290,7 @@ def session(tmp_path, monkeypatch):
         "params_sha256": "p",
         "code_sha256": "c",
         "commit": "abc",
-        "out_dir": "outputs/x",
+        "results_folder": "outputs/x",
     }
     run |= {
         "internet": False,

@@ -320,6 +320,23 @@ def test_a_nan_stays_one_nan(column, dtype):
     assert found.isnan().nonzero().tolist() == [[1, column // 2]]
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_of_the_activation(size, scale, dtype):
+    """float64's own; with scale 6 many values lie beyond the clamps and get none."""
+    gate_up, bias = (normal(5, 2 * size) * scale).to(dtype), normal(3, 2 * size, seed=1).to(dtype)
+    expert, arriving = torch.tensor([2, 0, 1, 2, 2]), normal(5, size, seed=2).to(dtype)
+    leaf = gate_up.double().requires_grad_()
+    truth = torch.autograd.grad(activate64(leaf, bias, expert), leaf, arriving.double())[0]
+    args = arriving, gate_up, bias, expert
+    found = run(expert_activation.activate_backward, *on(*args), LIMIT, ALPHA, block=BLOCK)
+    near(found, plain_activation.activate_backward(*args, LIMIT, ALPHA), truth)
+    assert scale == 1.0 or (found == 0).sum() > size / 2
+    default = run(expert_activation.activate_backward, *on(*args), LIMIT, ALPHA)
+    assert torch.equal(default, found)
+
+
 # --- expert combination -------------------------------------------------------------------------------------------
 
 
@@ -368,6 +385,21 @@ def test_combination_without_measures(size, dtype):
     combined, norm, peak = run(expert_combination.combine, *on(*args), False, block=BLOCK)
     near(combined, plain_combination.combine(*args, False)[0], combine64(*args)[0])
     assert norm is None and peak is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_of_the_combination(size, top_k, dtype):
+    args = pairs(6, top_k, size, dtype)
+    arriving = normal(6, size, seed=4).to(dtype)
+    outputs, order, expert, gate, bias = args
+    leaves = [x.double().requires_grad_() for x in (outputs, gate)]
+    y = leaves[0][order] + bias.double()[expert]
+    truth = torch.autograd.grad(torch.einsum("tkh,tk->th", y, leaves[1]), leaves, arriving.double())
+    found = run(expert_combination.combine_backward, *on(arriving, *args), block=BLOCK)
+    for values in zip(found, plain_combination.combine_backward(arriving, *args), truth, strict=True):
+        near(*values)
 
 
 @pytest.mark.parametrize("column", [0, BLOCK - 1, BLOCK, SIZES[-1] - 1])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from eaftlib.errors import ParameterError
-from eaftlib.params import Evaluate, Prune, Rank, Report, check_file, read_file
+from eaftlib.params import Evaluate, Prune, Rank, Recover, Report, check_file, read_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,8 +29,16 @@ EVALUATE = {
     "out_dir": "o",
 }  # fmt: skip
 REPORT = {"results": ["a"], "baseline": "base", "gates": "g", "out_dir": "o"}
+RECOVER = {
+    "ranking": "r", "criterion": "reap", "keep_frac": None, "keep_n": 16, "multiple_of": 4, "core_top_m": 0,
+    "keep_super": False, "model": "m", "trained": ["routers", "attention"], "attention_rank": 8, "packs": "p",
+    "pack_files": None, "rows": "calib", "seq_len": 64, "num_blocks": 10, "held_out_blocks": 2, "batch_blocks": 8,
+    "steps": 5, "learning_rate": 1e-3, "check_every": 2, "patience": 3, "other_weight": 0.15, "entropy_topk": 20,
+    "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 1.0, "w_conflict": 0.0, "seed": 0, "init": None,
+    "device": "auto", "dtype": "auto", "max_gpu_memory": None, "out_dir": "o",
+}  # fmt: skip
 KEEP = {"ranking": "r", "criterion": "reap", "keep_n": 16}
-ALL = [(Rank, RANK), (Prune, PRUNE), (Evaluate, EVALUATE), (Report, REPORT)]
+ALL = [(Rank, RANK), (Prune, PRUNE), (Evaluate, EVALUATE), (Recover, RECOVER), (Report, REPORT)]
 
 
 @pytest.mark.parametrize("kind, values", ALL)
@@ -87,6 +95,28 @@ def test_a_missing_parameter_is_named(kind, values):
         (Evaluate, EVALUATE, {"seq_lens": [64, 0]}),
         (Evaluate, EVALUATE, {"only": "UNION"}),
         (Evaluate, EVALUATE, {"label": 3}),
+        (Recover, RECOVER, {"trained": "routers"}),
+        (Recover, RECOVER, {"trained": []}),
+        (Recover, RECOVER, {"trained": ["routers", "experts"]}),
+        (Recover, RECOVER, {"trained": ["routers", "norms", "routers"]}),
+        (Recover, RECOVER, {"attention_rank": 0}),
+        (Recover, RECOVER, {"rows": "train"}),
+        (Recover, RECOVER, {"held_out_blocks": 0}),
+        (Recover, RECOVER, {"batch_blocks": 0}),
+        (Recover, RECOVER, {"steps": -1}),
+        (Recover, RECOVER, {"learning_rate": 0.0}),
+        (Recover, RECOVER, {"learning_rate": float("inf")}),
+        (Recover, RECOVER, {"check_every": 0}),
+        (Recover, RECOVER, {"patience": 0}),
+        (Recover, RECOVER, {"other_weight": -0.1}),
+        (Recover, RECOVER, {"other_weight": 1.5}),
+        (Recover, RECOVER, {"other_weight": float("nan")}),
+        (Recover, RECOVER, {"entropy_topk": 1}),
+        (Recover, RECOVER, {"cc_quantile": 1.0}),
+        (Recover, RECOVER, {"w_conflict": -2.0}),
+        (Recover, RECOVER, {"w_good": float("inf")}),
+        (Recover, RECOVER, {"seed": None}),
+        (Recover, RECOVER, {"max_gpu_memory": 0.0}),
         (Report, REPORT, {"results": "a.json"}),
         (Report, REPORT, {"results": []}),
     ],
@@ -149,6 +179,36 @@ def test_a_label_beside_a_list_and_a_keep_set_without_one_are_refused():
 def test_a_misspelt_name_inside_a_keep_set_is_met_with_those_of_keep_sets(keep_set):
     with pytest.raises(ParameterError, match=r"core_topm.*core_top_m"):
         Evaluate.check(EVALUATE | {"keep_set": keep_set})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"trained": ["routers"]},
+            r"attention_rank: found 8, but trained is \['routers'\]; set None, or train attention",
+        ),
+        ({"held_out_blocks": 10}, r"held_out_blocks: found 10, expected fewer than num_blocks \(10\)"),
+        ({"held_out_blocks": 3}, r"batch_blocks: found 8, expected at most 7, .*num_blocks 10 less held_out_blocks 3"),
+        ({"w_good": 0, "w_uncertain": 0.0}, r"w_good, w_uncertain, w_conflict: all are 0"),
+    ],
+)
+def test_what_a_recovery_cannot_be_is_refused_with_both_values(change, message):
+    with pytest.raises(ParameterError, match=message):
+        Recover.check(RECOVER | change)
+
+
+def test_a_recovery_may_train_on_its_last_block_or_not_at_all():
+    assert Recover.check(RECOVER | {"held_out_blocks": 9, "batch_blocks": 1}).batch_blocks == 1
+    assert Recover.check(RECOVER | {"steps": 0, "init": "trained.safetensors"}).steps == 0
+    assert Recover.check(RECOVER | {"trained": ["lm_head"], "attention_rank": None}).attention_rank is None
+    assert Recover.check(RECOVER | {"w_good": 0, "w_uncertain": 0, "w_conflict": 1}).w_conflict == 1
+
+
+def test_a_recoverys_keep_set_is_that_of_pruning():
+    names = ("ranking", "criterion", "keep_frac", "keep_n", "multiple_of", "core_top_m", "keep_super")
+    assert Recover.check(RECOVER).keep_set == {name: RECOVER[name] for name in names}
+    assert Prune.check(PRUNE).keep_set.keys() == set(names)
 
 
 def shell(values, cells):
@@ -242,7 +302,7 @@ def test_make_runs_no_name_of_a_file(tmp_path):
 
 def test_every_shipped_file_fits_its_notebook():
     kinds = {"rank": "01_rank", "prune": "02_prune", "eval": "03_evaluate", "sweep": "03_evaluate"}
-    kinds |= {"confirm": "03_evaluate", "report": "04_report"}
+    kinds |= {"confirm": "03_evaluate", "report": "04_report", "recover": "05_recover"}
     files = sorted((ROOT / "params").glob("*/*.yaml"))
     assert len(files) > 15
     for file in files:

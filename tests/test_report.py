@@ -1,7 +1,8 @@
 """The report: what it says first, its tables, its files, and earlier result files among new ones.
 
 golden/report holds results of a small model and two reports on them, written by version 0.1.0 before it had a report model:
-``strict`` with no candidate that passes, ``wide`` with gates at one of two lengths. In its pages every picture is cut down
+``strict`` with no candidate that passes, ``wide`` with gates at one of two lengths. Since then they were given the column
+``trained``, its style and its note, and nothing else. In its pages every picture is cut down
 to ``<svg/>``. Among the results are one that lacks a length and a token file, and one of the earlier shape.
 """
 
@@ -25,8 +26,8 @@ from test_results import random_tokens, write
 from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
 from eaftlib.evaluation.gates import Gates, read_gates
+from eaftlib.report import figures, model, page, tables
 from eaftlib.report import folder as report_folder
-from eaftlib.report import model, page, tables
 
 GOLDEN = Path(__file__).parent / "golden" / "report"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -45,6 +46,11 @@ def shifted(tokens, factor):
 def candidate(criterion, keep_n):
     chosen_by = {"criterion": criterion, "keep_n": keep_n, "ranking_rows": "calib"}
     return {"keep_set": chosen_by, "num_experts": 32, "bytes_total": 1000 + 100 * keep_n}
+
+
+def recovered(keep_n, share=0.0357, tokens=2_097_152, rows="calib"):
+    trained = {"trained": ["routers"], "parameters_share": share, "tokens": tokens, "text": {"rows": rows}}
+    return candidate("reap_mass", keep_n) | {"num_experts": keep_n, "recovered": trained}
 
 
 @pytest.fixture
@@ -164,6 +170,90 @@ def test_a_difference_of_types_is_said_in_verdict_and_notes(folder, dtype, said)
     for text in (tables.markdown(built), page.html(built)):
         assert (reason in text) == (note in text) == said
     assert built.candidates[0].status == "PASS"  # said, not judged
+
+
+@pytest.fixture
+def with_recovered(folder):
+    """Two recovered models more: one that passes where its untrained twin far-16 fails, and one of routers alone."""
+    tokens = {("UNION", 64): random_tokens(seed=1), ("UNION", 128): random_tokens(seed=2)}
+    write(folder, "recovered-16", shifted(tokens, 1.002), recovered(16))
+    write(folder, "routers-only-16", shifted(tokens, 1.5), recovered(16, share=0.000112, tokens=655_360))
+    return model.build(results.read_all([str(folder)]), "base", GATES)
+
+
+def test_the_headline_says_what_was_trained(with_recovered):
+    assert with_recovered.headline == (
+        "recovered-16 passes test-gates with 16 of 32 experts per layer, every kept expert matrix as it was, 3.6% of the "
+        "parameters trained on 2.1 M tokens; 38.1% of the bytes gone; 2 of 4 candidates pass."
+    )
+
+
+def test_every_table_shows_a_recovered_model_beside_an_untouched_one(with_recovered, tmp_path):
+    report_folder.write(with_recovered, tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        found = {r["model"]: (r["trained_parameters_share"], r["trained_tokens"]) for r in csv.DictReader(file)}
+    numbers = {label: [float(x) for x in pair if x] for label, pair in found.items()}
+    assert numbers == {
+        "base": [], "near-24": [], "far-16": [], "recovered-16": [0.0357, 2097152], "routers-only-16": [0.000112, 655360],
+    }  # fmt: skip
+    text = (tmp_path / "report.md").read_text()
+    tables_of = {
+        title: part.splitlines() for title, part in re.findall(r"^## (.*?)\n\n(.*?)\n\n", text, re.DOTALL | re.M)
+    }
+    for title in ("Verdicts", "UNION, 64 tokens"):
+        header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables_of[title]]
+        shown = {line[0]: line[header.index("trained")] for line in lines}
+        expected = {"near-24": "-", "far-16": "-", "recovered-16": "3.6%", "routers-only-16": "0.011%"}
+        assert shown == expected | ({} if title == "Verdicts" else {"base": "-"})
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('<tr class="recovered">') == 2 * 3 and "<td>16 of 32</td><td>3.6%</td>" in html
+    verdict = json.loads((tmp_path / "verdict.json").read_text())["models"]
+    assert verdict["recovered-16"]["recovered"] == {"parameters_share": 0.0357, "tokens": 2097152}
+    assert verdict["far-16"]["recovered"] is None
+
+
+def test_a_recovered_model_has_a_line_of_its_own_in_the_summary(with_recovered):
+    lines = tables.summary(with_recovered.content()).splitlines()
+    (row,) = [line for line in lines if line.startswith("reap_mass")]
+    worst = {c.label: max(k.value for k in c.checks if k.gate == "dPPL") for c in with_recovered.candidates}
+    assert float(row.split()[2]) == pytest.approx(
+        worst["far-16"], abs=5e-4
+    )  # untrained, as if nothing had been recovered
+    assert lines[3] == "" and lines[4].startswith("recovered-16") and lines[5].startswith("routers-only-16")
+    assert lines[4].endswith("*  3.6% trained on 2.1 M tokens")
+    assert lines[5].endswith("   0.011% trained on 655,360 tokens")
+    for line, label in zip(lines[4:6], ("recovered-16", "routers-only-16"), strict=True):
+        assert float(line.split()[1].strip("*")) == pytest.approx(worst[label], abs=5e-4)
+    ends = [re.search(r"[+-]\d+\.\d{3}", line[30:]).end() for line in (row, *lines[4:6])]
+    assert len(set(ends)) == 1  # in the column of its keep count
+
+
+def test_a_verdict_of_an_earlier_version_is_summarised(built):
+    content = built.content()
+    expected = tables.summary(content)
+    for found in content["models"].values():
+        del found["recovered"]
+    assert tables.summary(content) == expected
+
+
+def test_the_curve_draws_recovered_models_as_stars_off_every_line(with_recovered):
+    rows = [r for r in with_recovered.rows if r.pack == "UNION" and not r.is_baseline]
+    for axes, seq_len in zip(figures.keep_curve(with_recovered.curve).axes, (64, 128), strict=True):
+        drawn = {line.get_label(): line for line in axes.lines}
+        points = {label: sorted(zip(*drawn[label].get_data(), strict=True)) for label in ("reap_mass", "recovered")}
+        here = {r.label: (r.keep_n, r.comparison.ppl.value) for r in rows if r.seq_len == seq_len}
+        assert points["reap_mass"] == [here["far-16"], here["near-24"], (32, 0.0)]
+        assert points["recovered"] == sorted([here["recovered-16"], here["routers-only-16"]])
+        stars = drawn["recovered"]
+        assert (stars.get_marker(), stars.get_linestyle(), stars.get_fillstyle()) == ("*", "None", "full")
+
+
+def test_a_recovered_model_below_the_baseline_is_inside_the_picture(folder):
+    tokens = {("UNION", 64): random_tokens(seed=1), ("UNION", 128): random_tokens(seed=2)}
+    write(folder, "better-16", shifted(tokens, 0.7), recovered(16))
+    curve = model.build(results.read_all([str(folder)]), "base", GATES).curve
+    lowest = min(r.comparison.ppl.value for r in curve.rows)
+    assert lowest < -0.25 and all(axes.get_ylim()[0] < lowest for axes in figures.keep_curve(curve).axes)
 
 
 def test_a_column_formats_what_it_takes_and_leaves_nothing_empty():

@@ -13,7 +13,8 @@ from eaftlib.evaluation import results
 from eaftlib.evaluation.statistics import Tokens, aggregate
 
 META = {"tokenizer_sha256": "t0", "num_blocks": 8, "entropy_topk": 20, "cc_quantile": 0.15, "rows": "eval"}
-META |= {"model_sha256": "m0", "keep_set": None, "dtype": "float32", "eos_token_id": 1}
+META |= {"model_sha256": "m0", "keep_set": None, "dtype": "float32", "eos_token_id": 1, "recovered": None}
+RECOVERED = {"trained": ["norms"], "parameters_share": 0.036, "tokens": 20480, "text": {"rows": "calib"}}
 
 
 def random_tokens(n=400, num_blocks=8, seed=0):
@@ -156,12 +157,19 @@ def put(name, value):
     return lambda c: model_of(c).update({name: value})
 
 
+def trained(**facts):
+    return lambda c: c["meta"].update(recovered=RECOVERED | facts)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (lambda c: c.update(schema="eaft-result/99"), ["eaft-result/99", "eaft-result/1"]),
         (lambda c: c.pop("packs"), ["packs"]),
         (lambda c: c.pop("meta"), ["meta"]),
+        (trained(parameters_share=3.6), ["meta.recovered.parameters_share"]),
+        (trained(tokens="many"), ["meta.recovered.tokens"]),
+        (trained(text={}), ["meta.recovered.text.rows"]),
         (drop("ppl"), ["model.ppl"]),
         (drop("hist2d_x_H"), ["hist2d_x_H"]),
         (drop("blocks"), ["blocks"]),
@@ -257,6 +265,7 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
         ("dtype", "bfloat16"),
         ("eos_token_id", 2),
         ("keep_set", {"criterion": "reap"}),
+        ("recovered", RECOVERED),
         ("entropy_topk", None),
     ],
 )

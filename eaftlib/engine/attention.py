@@ -20,9 +20,10 @@ _ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
 
 
 class FusedAttention(GptOssAttention):
-    """transformers' module with one kernel for the rotary embedding and one for all of the attention; inference only.
+    """transformers' module with one kernel for the rotary embedding and one for all of the attention.
 
-    Serves whole, unpadded sequences that start at position 0, in half precision.
+    Serves whole, unpadded sequences that start at position 0, in half precision. Where gradients are wanted, it is
+    transformers' module.
     """
 
     HEAD_DIMS = (16, 32, 64, 128)
@@ -33,8 +34,10 @@ class FusedAttention(GptOssAttention):
         with torch.device("meta"):
             return cls(stock.config, stock.layer_idx)
 
-    def forward(self, hidden_states, position_embeddings, **_):
+    def forward(self, hidden_states, position_embeddings, **more):
         """hidden_states [B, S, H], position_embeddings (cos, sin) each [1, S, D / 2] -> ([B, S, H], None)."""
+        if torch.is_grad_enabled():
+            return super().forward(hidden_states, position_embeddings, **more)
         from ..kernels.fused.attention import attention
         from ..kernels.fused.rotary import rotate
 

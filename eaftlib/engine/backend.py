@@ -57,24 +57,24 @@ class Backend:
 
 
 def resolve(placement: Placement, config: PreTrainedConfig, training: bool = False) -> Backend:
-    """The backend that a placement names; ``auto``: fused kernels where they run and no gradients are wanted.
+    """The backend that a placement names; ``auto``: fused kernels where they run.
 
     fused: Triton kernels, on NVIDIA GPUs from Ampere on (capability 8.0); float32 keeps PyTorch's attention and experts.
-    plain: PyTorch alone, anywhere. Raises ParameterError where the named one cannot serve.
+    For training, those without gradients serve the models that only run beside the trained one. plain: PyTorch alone,
+    anywhere. Raises ParameterError where the named one cannot serve.
     """
     name, device = placement.backend, placement.device
     if name not in NAMES:
         raise ParameterError(f"backend: found {name!r}, expected one of {NAMES}")
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and not training
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "fused" and not able:
         raise ParameterError(
-            f"backend: 'fused' needs an NVIDIA GPU of capability 8.0 or more and serves no training; found {device}"
-            f"{', training' if training else ''}. Use 'auto' or 'plain'."
+            f"backend: 'fused' needs an NVIDIA GPU of capability 8.0 or more; found {device}. Use 'auto' or 'plain'."
         )
-    return _fused(placement, config) if able and name != "plain" else Backend(training=training)
+    return _fused(placement, config, training) if able and name != "plain" else Backend(training=training)
 
 
-def _fused(placement: Placement, config: PreTrainedConfig) -> Backend:
+def _fused(placement: Placement, config: PreTrainedConfig, training: bool) -> Backend:
     from ..kernels.fused import divergence, expert_activation, expert_combination, mxfp4, token_statistics
 
     plain, products = Backend(), placement.precision.products
@@ -83,10 +83,16 @@ def _fused(placement: Placement, config: PreTrainedConfig) -> Backend:
         modules[GptOssAttention] = attention.FusedAttention.of
     if products == torch.bfloat16:
         by = experts.GROUPED
-        grouped = partial(experts.grouped, activate=expert_activation.activate, combine=expert_combination.combine)
-        ExpertsInterface.register(by, experts.measured(grouped))
+        between = experts.Between(
+            expert_activation.activate,
+            expert_activation.activate_backward,
+            expert_combination.combine,
+            expert_combination.combine_backward,
+        )
+        ExpertsInterface.register(by, experts.measured(partial(experts.grouped, between=between)))
     return Backend(
         name="fused",
+        training=training,
         experts=by,
         modules=modules,
         decode=mxfp4.decode,

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from ..kernels.expert_activation import activate
-from ..kernels.expert_combination import combine
+from ..kernels import expert_activation, expert_combination
 
 BY_EXPERT, GROUPED = "measured_by_expert", "measured_grouped"
 
@@ -84,21 +83,86 @@ def measured(compute: Callable) -> Callable:
     return experts_forward
 
 
-def grouped(self, hidden_states, top_k_index, top_k_weights, measure, activate=activate, combine=combine):
-    """(weighted sum [T, H], norms and peaks [T, top_k] or None) by grouped products; activate, combine: of ``kernels``."""
-    tokens, top_k = top_k_index.shape
-    ids = id_type(self.num_experts)
-    expert, order = top_k_index.flatten().to(ids).sort(stable=True)  # of bytes: one radix pass
-    ends = torch.searchsorted(
-        expert, torch.arange(self.num_experts, dtype=ids, device=expert.device), right=True, out_int32=True
-    )
-    row_of_pair = torch.empty_like(order)
-    row_of_pair[order] = torch.arange(len(order), device=order.device)
-    gate_up = F.grouped_mm(hidden_states[order // top_k], self.gate_up_proj, offs=ends)
-    activated = activate(gate_up, self.gate_up_proj_bias, expert, self.limit, self.alpha)
+@dataclass(frozen=True)
+class Between:
+    """What stands between the products of ``grouped``, and what leads back through it; functions of ``kernels``."""
+
+    activate: Callable = expert_activation.activate
+    activate_backward: Callable = expert_activation.activate_backward
+    combine: Callable = expert_combination.combine
+    combine_backward: Callable = expert_combination.combine_backward
+
+
+def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Between()):
+    """(weighted sum [T, H], norms and peaks [T, top_k] or None) by grouped products.
+
+    Where gradients are wanted and nothing is measured: for the hidden states, the router weights and both biases, none
+    for the matrices.
+    """
+    routing = _Routing.of(top_k_index, self.num_experts)
+    matrices = self.gate_up_proj, self.down_proj
+    if torch.is_grad_enabled() and not measure:
+        settings = self.limit, self.alpha, between
+        biases = self.gate_up_proj_bias, self.down_proj_bias
+        return _Grouped.apply(hidden_states, top_k_weights, *biases, *matrices, routing, settings), None, None
+    gate_up = F.grouped_mm(hidden_states[routing.token_of_row], matrices[0], offs=routing.ends)
+    activated = between.activate(gate_up, self.gate_up_proj_bias, routing.expert, self.limit, self.alpha)
     del gate_up
-    outputs = F.grouped_mm(activated, self.down_proj, offs=ends)
-    return combine(outputs, row_of_pair.view(tokens, top_k), top_k_index, top_k_weights, self.down_proj_bias, measure)
+    outputs = F.grouped_mm(activated, matrices[1], offs=routing.ends)
+    return between.combine(outputs, routing.row_of_pair, top_k_index, top_k_weights, self.down_proj_bias, measure)
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """Pairs of token and expert as rows, in the order of experts: each row's expert and token, where experts end [E]."""
+
+    ids: torch.Tensor
+    expert: torch.Tensor
+    token_of_row: torch.Tensor
+    row_of_pair: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, num_experts: int) -> "_Routing":
+        tokens, top_k = ids.shape
+        small = id_type(num_experts)
+        expert, order = ids.flatten().to(small).sort(stable=True)  # of bytes: one radix pass
+        each = torch.arange(num_experts, dtype=small, device=expert.device)
+        ends = torch.searchsorted(expert, each, right=True, out_int32=True)
+        row_of_pair = torch.empty_like(order)
+        row_of_pair[order] = torch.arange(len(order), device=order.device)
+        return cls(ids, expert, order // top_k, row_of_pair.view(tokens, top_k), ends)
+
+
+class _Grouped(torch.autograd.Function):
+    """``grouped`` and its gradients. Of a row are kept: what its first and its second product gave."""
+
+    @staticmethod
+    def forward(ctx, hidden, gates, up_bias, down_bias, gate_up_proj, down_proj, routing, settings):
+        limit, alpha, between = settings
+        gate_up = F.grouped_mm(hidden[routing.token_of_row], gate_up_proj, offs=routing.ends)
+        activated = between.activate(gate_up, up_bias, routing.expert, limit, alpha)
+        outputs = F.grouped_mm(activated, down_proj, offs=routing.ends)
+        ctx.save_for_backward(gate_up, outputs, gates, up_bias, down_bias, gate_up_proj, down_proj)
+        ctx.routing, ctx.settings = routing, settings
+        return between.combine(outputs, routing.row_of_pair, routing.ids, gates, down_bias, False)[0]
+
+    @staticmethod
+    def backward(ctx, arriving):
+        gate_up, outputs, gates, up_bias, down_bias, gate_up_proj, down_proj = ctx.saved_tensors
+        routing, (limit, alpha, between) = ctx.routing, ctx.settings
+        of_outputs, of_gates = between.combine_backward(
+            arriving, outputs, routing.row_of_pair, routing.ids, gates, down_bias
+        )
+        of_activated = F.grouped_mm(of_outputs, down_proj.transpose(1, 2), offs=routing.ends)
+        of_gate_up = between.activate_backward(of_activated, gate_up, up_bias, routing.expert, limit, alpha)
+        of_rows = F.grouped_mm(of_gate_up, gate_up_proj.transpose(1, 2), offs=routing.ends)
+        one, none = torch.ones_like(gates), torch.zeros_like(down_bias)
+        of_hidden = between.combine(of_rows, routing.row_of_pair, routing.ids, one, none, False)[0]
+        # As a product: a sum over repeated indices has no fast kernel.
+        member = F.one_hot(routing.expert.long(), len(up_bias)).T.to(gate_up.dtype)
+        of_biases = member @ of_gate_up, member @ of_outputs
+        return of_hidden, of_gates.to(gates.dtype), *of_biases, None, None, None, None
 
 
 def by_expert(self, hidden_states, top_k_index, top_k_weights, measure):

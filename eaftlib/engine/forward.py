@@ -44,7 +44,6 @@ class Pass:
     grams: GramTrace | None  # of the sampled positions, likewise
 
 
-@torch.inference_mode()
 def score(
     weights: Weights,
     blocks: Blocks,
@@ -63,26 +62,49 @@ def score(
     several ranks run, each takes its share of the micro-batches and all return the whole. Raises ScoringError at a token
     without finite statistics, or where one block alone exceeds the memory; ParameterError where the Grams exceed it.
     """
-    check_request(weights.checkpoint, [blocks.seq_len], entropy_topk)
     if (record_experts or gram_tokens) and len(keep_sets) != 1:
         raise ValueError("experts are recorded for one model: pass a single keep-set")
     whole = next((v for v, keep in enumerate(keep_sets) if keep is None), None)
-    base = whole if len(keep_sets) > 1 else None
-    statistics = observers.TokenStatistics(weights, blocks, len(keep_sets), base, entropy_topk)
+    return score_variants(
+        weights,
+        blocks,
+        [Variant(weights, keep) for keep in keep_sets],
+        base=whole if len(keep_sets) > 1 else None,
+        entropy_topk=entropy_topk,
+        record_experts=record_experts,
+        gram_tokens=gram_tokens,
+        progress=progress,
+    )
+
+
+@torch.inference_mode()
+def score_variants(
+    weights: Weights,
+    blocks: Blocks,
+    variants: Sequence[Variant],
+    *,
+    base: int | None,
+    entropy_topk: int = 20,
+    record_experts: bool = False,
+    gram_tokens: int = 0,
+    progress: bool = True,
+) -> Pass:
+    """As ``score``, of any variants. base: which of them is the whole model, if others are to be compared with it."""
+    check_request(weights.checkpoint, [blocks.seq_len], entropy_topk)
+    statistics = observers.TokenStatistics(weights, blocks, variants, base, entropy_topk)
     experts = observers.Experts(weights, blocks) if record_experts else None
     grams = Grams(weights, blocks, gram_tokens) if gram_tokens else None
-    watching = [observer for observer in (statistics, experts, grams) if observer]
-    run = Traversal(weights, blocks, [Variant(weights, keep) for keep in keep_sets], watching)
+    run = Traversal(weights, blocks, variants, [x for x in (statistics, experts, grams) if x])
     if weights.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(weights.device)
     started = time.perf_counter()
-    with progress_bar(run.share(), _name(blocks, keep_sets), "tok", progress and ranks.current()[0] == 0) as advance:
+    with progress_bar(run.share(), _name(blocks, variants), "tok", progress and ranks.current()[0] == 0) as advance:
         for tokens in run.forward():
             advance(tokens / weights.checkpoint.num_layers)
     traces = [observer and observer.trace for observer in (experts, grams)]
     ranks.add_up([statistics.values, *(tensor for trace in traces if trace for tensor in trace.tensors)])
     seconds = ranks.largest(time.perf_counter() - started)
-    rate = blocks.tokens.size * len(keep_sets) / seconds
+    rate = blocks.tokens.size * len(variants) / seconds
     peak = torch.cuda.max_memory_allocated(weights.device) if weights.device.type == "cuda" else None
     return Pass([_token_statistics(v) for v in statistics.values], seconds, rate, peak, *traces)
 
@@ -97,8 +119,8 @@ def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk:
         raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {vocabulary}, the vocabulary")
 
 
-def _name(blocks: Blocks, keep_sets: Sequence) -> str:
-    return f"{blocks.pack} {blocks.seq_len}" + (f" x {len(keep_sets)} models" if len(keep_sets) > 1 else "")
+def _name(blocks: Blocks, variants: Sequence[Variant]) -> str:
+    return f"{blocks.pack} {blocks.seq_len}" + (f" x {len(variants)} models" if len(variants) > 1 else "")
 
 
 def _token_statistics(rows: torch.Tensor) -> TokenStatistics:

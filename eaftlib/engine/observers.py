@@ -12,6 +12,7 @@ from ..errors import ScoringError
 from ..kernels import token_statistics as kernel
 from ..text.packs import Blocks
 from .experts import ExpertProbe, ExpertTrace
+from .variants import Variant
 from .weights import Weights
 
 
@@ -44,13 +45,15 @@ class TokenStatistics(Observer):
     values: float32 [variants, 2 or 4, N], rows nll, entropy, KL and equal arg-max; tokens in order of block and position.
     """
 
-    def __init__(self, weights: Weights, blocks: Blocks, variants: int, base: int | None, entropy_topk: int):
+    def __init__(
+        self, weights: Weights, blocks: Blocks, variants: Sequence[Variant], base: int | None, entropy_topk: int
+    ):
         """base: which of the variants is the whole model, if others are to be compared with it."""
-        self.weights, self.base, self.entropy_topk = weights, base, entropy_topk
+        self.weights, self.variants, self.base, self.entropy_topk = weights, variants, base, entropy_topk
         self.tokens, self.kept = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.kept)
         self.kept_before = before(self.kept)
         self.slice = kernel.slice_rows(weights.lm_head.shape[0], weights.device)  # tokens with logits at once
-        self.values = torch.zeros(variants, 2 if base is None else 4, int(self.kept.sum()))
+        self.values = torch.zeros(len(variants), 2 if base is None else 4, int(self.kept.sum()))
 
     def shrink(self) -> None:
         self.slice = max(1, self.slice // 2)
@@ -63,8 +66,9 @@ class TokenStatistics(Observer):
         # Position 0 is never kept: the token before is of the same block.
         predictors = (kept - 1).to(self.weights.device)
         hidden = [h.flatten(0, 1)[predictors] for h in hidden]
+        heads = [variant.lm_head for variant in self.variants]
         parts = [
-            self._of_slice([h[start : start + self.slice] for h in hidden], targets[start : start + self.slice])
+            self._of_slice([h[start : start + self.slice] for h in hidden], heads, targets[start : start + self.slice])
             for start in range(0, len(targets), self.slice)
         ]
         first = int(self.kept_before[blocks[0]])
@@ -73,12 +77,12 @@ class TokenStatistics(Observer):
         for variant in values:
             self._require_finite(variant, first)
 
-    def _of_slice(self, hidden: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    def _of_slice(self, hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """[variants, 2 or 4, tokens]"""
         backend, reference = self.weights.backend, None
         found = {}
         for v in sorted(range(len(hidden)), key=lambda v: v != self.base):  # the whole model first
-            logits = kernel.logits_of(hidden[v], self.weights.lm_head)
+            logits = kernel.logits_of(hidden[v], heads[v])
             rows = backend.token_statistics(logits, targets, self.entropy_topk)
             if self.base is not None:
                 reference = reference or backend.reference(logits)

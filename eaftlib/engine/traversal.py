@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -16,11 +17,13 @@ from .variants import Variant
 from .weights import Weights
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+# Likewise on the way back, where what a layer computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
+TRAINING_VALUES = {"cpu": 1 << 19, "cuda": 4096 * 2880}  # of hidden states at once
 DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
 HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
 States = OnDevice | InHostMemory
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
 class Traversal:
@@ -38,7 +41,11 @@ class Traversal:
         self.weights, self.variants, self.observers = weights, variants, observers
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.device, self.seq_len = weights.device, blocks.seq_len
-        self.batch = min(max(1, MICRO_BATCH_TOKENS[self.device.type] // self.seq_len), len(self.tokens))
+        at_once = MICRO_BATCH_TOKENS[self.device.type]
+        if weights.backend.training:
+            at_once = TRAINING_VALUES[self.device.type] // weights.checkpoint.config.hidden_size
+        self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
+        self._keeps_graphs = weights.resident
         self.positions = torch.arange(self.seq_len, device=self.device)[None]
 
     def share(self) -> int:
@@ -51,20 +58,21 @@ class Traversal:
             yield from self._forward_wave(wave)
 
     def backward(self, loss: Loss) -> Iterator[int]:
-        """Add the gradients of a loss to ``grad`` of what the one variant trains; yields as ``forward``, on both ways.
+        """Add the gradients of a loss to ``grad`` of what the last variant trains; yields as ``forward``, on both ways.
 
-        loss: (ids of blocks [B], their hidden [B, S, H] after the final norm) -> the sum of their losses; called once a
-        micro-batch. Only hidden states between layers are kept; each layer's own are computed again on the way back.
-        Gradients are of this rank's blocks. Raises ValueError for weights that were not opened for training.
+        The other variants only run beside it, through the same layers: a teacher, say. loss: (ids of blocks [B], each
+        variant's hidden [B, S, H] after the final norm) -> the sum of their losses; called once a micro-batch. Gradients are
+        of this rank's blocks. Where layers are streamed, or memory is short, only hidden states between layers are kept
+        and each layer's own are computed again on the way back. Raises ValueError for weights that were not opened for
+        training.
         """
         if not self.weights.backend.training:
             raise ValueError(
                 "the weights were opened for inference, and their functions may have no gradients: open them "
                 "with training=True"
             )
-        (variant,) = self.variants
-        for wave in self._waves(self.weights.checkpoint.num_layers + 1):
-            yield from self._backward_wave(wave, variant, loss)
+        for wave in self._waves(self.weights.checkpoint.num_layers + len(self.variants)):
+            yield from self._backward_wave(wave, loss)
 
     def _forward_wave(self, wave: torch.Tensor) -> Iterator[int]:
         inputs, states = self._layer_inputs(), self._embed(wave, len(self.variants), len(self.variants))
@@ -85,31 +93,53 @@ class Traversal:
             del layer
 
         def collect(rows: slice) -> None:
-            hidden = [x.norm(self.weights.norm, states.fetch(v, rows)) for v, x in enumerate(self.variants)]
+            hidden = [x.norm(states.fetch(v, rows)) for v, x in enumerate(self.variants)]
             for observer in self.observers:
                 observer.collect(wave[rows], hidden)
 
         for _ in self._micro_batches(len(wave), collect):
             pass
 
-    def _backward_wave(self, wave: torch.Tensor, variant: Variant, loss: Loss) -> Iterator[int]:
-        inputs, waiting = self._layer_inputs(), [self._embed(wave, 1, self.weights.checkpoint.num_layers + 1)]
+    def _backward_wave(self, wave: torch.Tensor, loss: Loss) -> Iterator[int]:
+        *beside, variant = self.variants
+        ends = (self.weights.family.final_norm, self.weights.family.lm_head)
+        inputs, at_once = self._layer_inputs(), self.weights.checkpoint.num_layers + len(self.variants)
+        others, waiting = self._embed(wave, len(beside), at_once), [self._embed(wave, 1, at_once)]
+        graphs: dict[int, Graph] = {}  # of layers, where the wave is one micro-batch and there is room
+
+        def keeps_graphs(rows: slice) -> bool:
+            if not self._keeps_graphs or rows != slice(0, len(wave)):
+                graphs.clear()
+                return False
+            return True
+
         for index, layer in self.weights.layers():
             waiting.append(waiting[-1].empty_like())
 
             def through_layer(rows: slice, index=index, layer=layer) -> None:
+                keep = keeps_graphs(rows)
                 with torch.no_grad():
-                    waiting[-1].store(0, rows, variant.run(index, layer, waiting[-2].fetch(0, rows), **inputs))
+                    for v, other in enumerate(beside):
+                        others.store(v, rows, other.run(index, layer, others.fetch(v, rows), **inputs))
+                hidden = _leaf(waiting[-2].fetch(0, rows))
+                with torch.set_grad_enabled(keep):
+                    value = variant.run(index, layer, hidden, **inputs)
+                waiting[-1].store(0, rows, value.detach())
+                if keep:
+                    graphs[index] = Graph(hidden, value)
 
             yield from self._micro_batches(len(wave), through_layer)
             del layer, through_layer
         states = waiting.pop()  # at first what leaves the last layer, then the gradient that arrives at each layer
 
         def through_loss(rows: slice) -> None:
+            keeps_graphs(rows)
+            with torch.no_grad():
+                teachers = [other.norm(others.fetch(v, rows)) for v, other in enumerate(beside)]
             hidden = _leaf(states.fetch(0, rows))
             with torch.enable_grad():
-                value = loss(wave[rows], variant.norm(self.weights.norm, hidden))
-            states.store(0, rows, _gradients(value, None, hidden, variant.trained(self.weights.family.final_norm)))
+                value = loss(wave[rows], [*teachers, variant.norm(hidden)])
+            states.store(0, rows, _gradients(Graph(hidden, value), None, variant.trained(*ends)))
 
         for _ in self._micro_batches(len(wave), through_loss):
             pass
@@ -117,11 +147,13 @@ class Traversal:
             below = waiting.pop()
 
             def back_through_layer(rows: slice, index=index, layer=layer, below=below) -> None:
-                hidden = _leaf(below.fetch(0, rows))
-                with torch.enable_grad():
-                    value = variant.run(index, layer, hidden, **inputs)
+                graph = graphs.pop(index) if keeps_graphs(rows) else None
+                if graph is None:
+                    hidden = _leaf(below.fetch(0, rows))
+                    with torch.enable_grad():
+                        graph = Graph(hidden, variant.run(index, layer, hidden, **inputs))
                 trained = variant.trained(self.weights.family.prefix(index))
-                states.store(0, rows, _gradients(value, states.fetch(0, rows), hidden, trained))
+                states.store(0, rows, _gradients(graph, states.fetch(0, rows), trained))
 
             yield from self._micro_batches(len(wave), back_through_layer)
             del layer, below, back_through_layer
@@ -152,8 +184,7 @@ class Traversal:
         ids = self.tokens[wave].to(weights.embedding.device)
         room = DEVICE_SHARE * free_bytes(self.device, weights.placement.max_bytes)
         if weights.resident or self.device.type == "cpu" or self._state_bytes(len(wave), at_once) <= room:
-            embedded = weights.embedding[ids].to(self.device)
-            return OnDevice([embedded, *(embedded.clone() for _ in range(variants - 1))])
+            return OnDevice([weights.embedding[ids].to(self.device) for _ in range(variants)])
         shape = (*ids.shape, weights.embedding.shape[1])
         waiting = InHostMemory.empty(shape, weights.embedding.dtype, variants, self.device)
         for value in waiting.values:
@@ -185,6 +216,11 @@ class Traversal:
             start = rows.stop
 
     def _retreat(self, error: torch.OutOfMemoryError) -> None:
+        if self._keeps_graphs and self.weights.backend.training:
+            self._keeps_graphs = False
+            torch.cuda.empty_cache()
+            warnings.warn(f"{self.device} ran out of memory: layers are computed again on the way back", stacklevel=2)
+            return
         if self.batch == 1:
             raise ScoringError(
                 f"{self.device} has too little memory for one block of {self.seq_len} tokens: {error}. Use shorter "
@@ -200,15 +236,22 @@ class Traversal:
         )
 
 
+@dataclass(frozen=True)
+class Graph:
+    """What a layer, or the loss, was given, and what it made of that, with the graph between."""
+
+    hidden: torch.Tensor
+    value: torch.Tensor
+
+
 def _leaf(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.detach().requires_grad_()
 
 
-def _gradients(
-    value: torch.Tensor, arriving: torch.Tensor | None, hidden: torch.Tensor, trained: list[torch.Tensor]
-) -> torch.Tensor:
-    """The gradient for ``hidden``; those for what is trained are added to its ``grad``, all or, if memory is short, none."""
-    of_hidden, *found = torch.autograd.grad(value, [hidden, *trained], arriving)
+def _gradients(graph: Graph, arriving: torch.Tensor | None, trained: list[torch.Tensor]) -> torch.Tensor:
+    """The gradient for the hidden states; those for what is trained are added to its ``grad``, all or, if memory is short,
+    none."""
+    of_hidden, *found = torch.autograd.grad(graph.value, [graph.hidden, *trained], arriving)
     for parameter, gradient in zip(trained, found, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return of_hidden

@@ -59,6 +59,7 @@ class Weights:
         norm.weight.data = self.checkpoint.tensor(self.family.final_norm)
         return norm.to(self.device, self.precision.products).requires_grad_(False)
 
+    @torch.inference_mode(False)  # resident layers outlive this pass, and the next one may want gradients
     @torch.no_grad()
     def _read(self, index: int) -> nn.Module:
         layer = self.family.build_layer(self._config, index)

@@ -21,7 +21,7 @@ from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import MANIFEST, checkpoint_sizes
 from ..text.packs import Blocks, PackSource, pack_blocks
 from . import results
-from .identity import Identity, Question, input_sha256
+from .identity import Identity, Question
 from .statistics import Tokens, aggregate
 
 
@@ -141,7 +141,7 @@ def _inputs(blocks: Blocks) -> dict:
     return {
         "rows_seen": blocks.rows_seen,
         "rows_sha256": blocks.rows_sha256,
-        "input_sha256": input_sha256(blocks),
+        "input_sha256": blocks.input_sha256,
     }
 
 
@@ -175,6 +175,7 @@ def _meta(
     label: str,
     keep: KeepSet | None,
 ) -> dict:
+    manifest = _manifest(checkpoint)
     return {
         "label": label,
         "model_id": checkpoint.model_id,
@@ -184,7 +185,8 @@ def _meta(
         "num_experts": checkpoint.num_experts,
         "top_k": checkpoint.top_k,
         "bytes_total": checkpoint_sizes(checkpoint, keep and keep.keep_n).total,
-        "keep_set": keep.chosen_by if keep else _pruned_by(checkpoint),
+        "keep_set": keep.chosen_by if keep else manifest["chosen_by"],
+        "recovered": manifest.get("recovered"),
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
         "engine": f"eaftlib {__version__}",
@@ -204,7 +206,7 @@ def _gpu_names(placement: Placement) -> str | None:
     return ", ".join(sorted(set(ranks.gather(torch.cuda.get_device_name(placement.device)))))
 
 
-def _pruned_by(checkpoint: Checkpoint) -> dict | None:
-    """How a pruned checkpoint's experts were chosen, from the manifest that pruning left in it."""
+def _manifest(checkpoint: Checkpoint) -> dict:
+    """What pruning left in a checkpoint: how its experts were chosen and, if it was trained since, how (``recovered``)."""
     manifest = checkpoint.folder / MANIFEST
-    return read_json(manifest, CheckpointError, "prune again")["chosen_by"] if manifest.is_file() else None
+    return read_json(manifest, CheckpointError, "prune again") if manifest.is_file() else {"chosen_by": None}

@@ -90,6 +90,8 @@ def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
     reasons += [c.reason for c in checks if c.reason]
     if saw_its_rows(candidate):
         reasons.append("its experts may have been chosen on rows that it is judged on")
+    if trained_on_its_rows(candidate):
+        reasons.append("it may have been trained on rows that it is judged on")
     if dtypes_differ(candidate, baseline):
         reasons.append(f"scored in {candidate.meta['dtype']}, the baseline in {baseline.meta['dtype']}")
     return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
@@ -104,7 +106,17 @@ def saw_its_rows(result: Result) -> bool:
     chosen_by = result.meta.get("keep_set")
     if not chosen_by or "ranking_rows" not in chosen_by:
         return False
-    return {chosen_by["ranking_rows"], result.meta.get("rows")} != {"calib", "eval"}
+    return _may_share_rows(chosen_by["ranking_rows"], result)
+
+
+def trained_on_its_rows(result: Result) -> bool:
+    """Whether a recovered model may have been trained on the rows it is scored on."""
+    recovered = result.meta.get("recovered")
+    return recovered is not None and _may_share_rows(recovered["text"]["rows"], result)
+
+
+def _may_share_rows(rows: str, result: Result) -> bool:
+    return {rows, result.meta.get("rows")} != {"calib", "eval"}
 
 
 def dtypes_differ(candidate: Result, baseline: Result) -> bool:

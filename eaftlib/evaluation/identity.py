@@ -1,11 +1,8 @@
 """What makes two results the same evaluation: one list of facts, and which questions each of them decides."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
-
-from ..text.packs import Blocks
 
 
 class Question(Flag):
@@ -23,6 +20,7 @@ _C, _M, _R, _S = Question
 FACTS = {
     "meta.model_sha256": _M | _R | _S,
     "meta.keep_set": _M | _R | _S,
+    "meta.recovered": _M | _R | _S,
     "meta.dtype": _M | _R,
     "meta.tokenizer_sha256": _C | _M | _R,
     "meta.eos_token_id": _C | _M | _R,
@@ -93,17 +91,6 @@ class Identity:
             if question in decides and mine != other and not unknown:
                 found.append(Difference(place.rpartition(".")[2], mine, other))
         return found
-
-
-def input_sha256(blocks: Blocks) -> str:
-    """What the model is given and what is scored of it: over the shape, the token ids (int32) and the kept mask (bytes).
-
-    A changed tokenizer, EOS token or packing shows here, whatever its cause.
-    """
-    digest = hashlib.sha256(f"{blocks.tokens.shape}".encode())
-    digest.update(blocks.tokens.astype("<i4").tobytes())
-    digest.update(blocks.kept.tobytes())
-    return digest.hexdigest()
 
 
 def _at(recorded: object, place: str) -> object:

@@ -65,9 +65,26 @@ class PackEntry(_Part):
     seq: dict[Length, SequenceEntry]
 
 
+class TrainingText(_Part):
+    rows: str
+
+
+class Recovered(_Part):
+    """How a pruned model's small tensors were trained. parameters_share: of all its parameters; tokens: repeats counted."""
+
+    trained: list[str]
+    parameters_share: Share
+    tokens: Count
+    text: TrainingText
+
+
+class Meta(_Part):
+    recovered: Recovered | None = None
+
+
 class ResultFile(_Part):
     schema_: str | None = Field(None, alias="schema")
-    meta: dict
+    meta: Meta
     packs: list[PackEntry]
 
     @model_validator(mode="after")

@@ -158,7 +158,7 @@ def build(
         "params_sha256": what.params_sha256,
         "code_sha256": what.code_sha256,
         "commit": what.commit,
-        "out_dir": what.parameters["out_dir"],
+        "results_folder": JOBS[what.notebook].folder(what.parameters),
         "internet": settings.internet,
         "deadline_seconds": session_seconds(settings) - FINISHING_SECONDS,
         "wheel": facts,
@@ -236,8 +236,10 @@ def _sha256_of(content: object) -> str:
 
 
 def _notebook_for(values: dict[str, Any]) -> str:
-    """The notebook that knows every name in the file."""
-    fits = [name for name, kind in params.NOTEBOOKS.items() if set(values) <= set(kind.model_fields)]
+    """The notebook that knows every name in the file; of two, of which one knows all that the other does, the other."""
+    known = {name: set(kind.model_fields) for name, kind in params.NOTEBOOKS.items()}
+    fits = [name for name in known if set(values) <= known[name]]
+    fits = [name for name in fits if not any(known[other] < known[name] for other in fits)]
     here = [name for name in fits if name in JOBS]
     if len(here) == 1:
         return here[0]
@@ -245,6 +247,7 @@ def _notebook_for(values: dict[str, Any]) -> str:
         raise ParameterError(f"it is for {fits[0]}, which needs no GPU: run it where its files are")
     raise ParameterError(
         f"its names {sorted(values)} fit {here or 'no notebook'}, expected exactly one of {list(JOBS)}"
+        + (". Give one more of those that only the right one has." if here else "")
     )
 
 

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import params
+from .. import params, recovery
 from ..errors import ResultError
 from ..evaluation import results
+from ..files import read_json
 from ..pruning.criteria import RECON
 from ..text.packs import UNION
 from .ledger import Entry
 
 Parameters = dict[str, Any]
+
+_NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "out_dir"}  # where a recovery runs, not what it is
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,13 @@ class Job:
     """One notebook; its parameters are of the class that ``params.NOTEBOOKS`` gives.
 
     inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
-    ResultError unless a JSON among them is what this run was asked for.
+    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them.
     """
 
     inputs: Callable[[Parameters], list[Input]]
     files: Callable[[Parameters], list[str]]
     verify: Callable[[Path, Entry], None]
+    folder: Callable[[Parameters], str] = lambda parameters: parameters["out_dir"]
 
 
 def _sources(parameters: Parameters) -> list[Input]:
@@ -51,6 +55,14 @@ def _whole_folder(folder: Path) -> list[Path]:
 def _sources_and_rankings(parameters: Parameters) -> list[Input]:
     keep_sets = params.Evaluate.check(parameters).keep_sets.values()
     return _sources(parameters) + [_ranking(keep["ranking"]) for keep in keep_sets if keep]
+
+
+def _sources_ranking_and_init(parameters: Parameters) -> list[Input]:
+    inputs = [*_sources(parameters), _ranking(parameters["ranking"])]
+    if init := parameters["init"]:
+        advice = f"give the {recovery.TENSORS} of an earlier recovery, or None to begin with the pruned model"
+        inputs.append(Input(init, lambda file: [file], f"init: {init} does not exist; {advice}"))
+    return inputs
 
 
 def _ranking(name: str) -> Input:
@@ -98,6 +110,37 @@ def _verify_result(path: Path, entry: Entry) -> None:
             result.tokens(pack, seq_len)
 
 
+def _verify_recovery(path: Path, entry: Entry) -> None:
+    from pydantic import ValidationError
+
+    from ..evaluation.schema import Recovered
+
+    content = read_json(path, ResultError, "pull again")
+    _require(path, content, {"schema": recovery.SCHEMA})
+    settings = {name: value for name, value in entry.params.items() if name not in _NO_SETTINGS}
+    _require(path, content.get("settings", {}), settings)
+    try:
+        Recovered.model_validate(content.get("recovered"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("recovered", *first["loc"])))
+        raise ResultError(f"{path.name}: {where}: {first['msg']}; push the run again") from error
+    _require_tensors(path.with_name(recovery.TENSORS))
+
+
+def _require_tensors(path: Path) -> None:
+    """Raises ResultError unless the file is one of safetensors and holds some. Values are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as cause:
+        raise ResultError(f"{path.name} cannot be read ({cause}); pull again") from cause
+    if not names:
+        raise ResultError(f"{path.name} holds no tensor, expected those that were trained; push the run again")
+
+
 def _chosen(keep: Parameters, meta: dict[str, Any]) -> dict[str, Any]:
     """What a result says of the keep-set that was asked for."""
     from ..pruning.keepsets import keep_count  # loads torch
@@ -117,4 +160,10 @@ def _require(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
 JOBS = {
     "01_rank": Job(_sources, lambda parameters: ["ranking.json", "saliency.parquet"], _verify_ranking),
     "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result),
+    "05_recover": Job(
+        _sources_ranking_and_init,
+        lambda parameters: [recovery.RECORD, recovery.TENSORS],  # of these the checkpoint can be made anywhere
+        _verify_recovery,
+        folder=lambda parameters: f"{Path(parameters['out_dir'])}.training",
+    ),
 }

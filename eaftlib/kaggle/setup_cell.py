@@ -172,7 +172,7 @@ class Session:
 
     def _link_paths(self) -> None:
         os.chdir(self.scratch)
-        link(Path(self.run["out_dir"]), self.work)
+        link(Path(self.run["results_folder"]), self.work)
         for name, mounts in self.run["mounts"].items():
             place = self._find(mounts, name)
             if place:

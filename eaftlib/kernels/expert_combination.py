@@ -21,3 +21,22 @@ def combine(
     if not measure:
         return combined, None, None
     return combined, torch.linalg.vector_norm(y, dim=-1), y.abs().amax(-1)
+
+
+def combine_backward(
+    arriving: torch.Tensor,
+    outputs: torch.Tensor,
+    row_of_pair: torch.Tensor,
+    expert: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for outputs [P, H], each row's also its expert's bias's, and for gate float32 [T, top_k].
+
+    arriving: that for the combined sum [T, H]. Computed in float32; the first has outputs' dtype.
+    """
+    arriving = arriving.float()
+    y = outputs[row_of_pair].float() + bias[expert.long()].float()
+    of_outputs = torch.empty_like(outputs)
+    of_outputs[row_of_pair] = (gate.float()[..., None] * arriving[:, None]).to(outputs.dtype)
+    return of_outputs, torch.einsum("tkh,th->tk", y, arriving)

@@ -1,19 +1,22 @@
 """Structural pruning: a checkpoint without the removed experts, cut in the stored format and written as a stream."""
 
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..errors import CheckpointError
 from ..files import sha256, write_json
 from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
-from ..model.writer import Progress, Stored, write_shards
+from ..model.writer import New, Progress, Stored, TensorSource, write_shards
 from ..progress import progress_bar
 from .keepsets import KeepSet
 
@@ -44,8 +47,30 @@ def checkpoint_sizes(checkpoint: Checkpoint, keep_n: int | None = None) -> Sizes
     return Sizes(total, experts)
 
 
-def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: bool = True) -> dict:
+def num_parameters(checkpoint: Checkpoint, keep_n: int) -> int:
+    """Numbers in the checkpoint's tensors, with ``keep_n`` experts a layer; of MXFP4, those that the bytes encode."""
+    total = 0
+    for name in checkpoint.names:
+        if not name.endswith("_scales"):
+            numbers = math.prod(checkpoint.shape(name)) * (2 if name.endswith("_blocks") else 1)
+            of_experts = checkpoint.family.layer_of_experts(name) is not None
+            total += numbers // checkpoint.num_experts * keep_n if of_experts else numbers
+    return total
+
+
+def prune(
+    checkpoint: Checkpoint,
+    keep: KeepSet,
+    out_dir: str | Path,
+    *,
+    new: Mapping[str, torch.Tensor] = {},
+    recovered: Mapping | None = None,
+    progress: bool = True,
+) -> dict:
     """Write the checkpoint with only the kept experts to ``out_dir`` and return its manifest.
+
+    new: values of some of its tensors, of the whole shape, in place of the stored ones; the manifest says in
+    ``recovered`` where they are from.
 
     Everything goes to a temporary folder beside it that is renamed at the end. Raises CheckpointError when out_dir
     exists or the disk lacks the space; nothing is left behind then.
@@ -65,7 +90,10 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        manifest = _write(checkpoint, keep, temporary, sizes, progress)
+        manifest = _write(checkpoint, keep, new, temporary, sizes, progress)
+        if recovered is not None:
+            manifest["recovered"] = dict(recovered)
+        write_json(temporary / MANIFEST, manifest)
         temporary.chmod(0o755)
         temporary.rename(out_dir)
         for file, digest in manifest["sha256"].items():
@@ -76,7 +104,14 @@ def prune(checkpoint: Checkpoint, keep: KeepSet, out_dir: str | Path, progress: 
     return manifest
 
 
-def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, progress: bool) -> dict:
+def _write(
+    checkpoint: Checkpoint,
+    keep: KeepSet,
+    new: Mapping[str, torch.Tensor],
+    folder: Path,
+    sizes: Sizes,
+    progress: bool,
+) -> dict:
     with ThreadPoolExecutor(1) as hasher:  # a shard is hashed, from the page cache, while the next one is cut
         hashes: dict = {}
 
@@ -84,11 +119,11 @@ def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, pr
             hashes[file] = hasher.submit(sha256, folder / file)
 
         with progress_bar(sizes.total, "prune", "B", progress) as advance:
-            write_shards(folder, sliced_tensors(checkpoint, keep), Progress(advance, finished))
+            write_shards(folder, sliced_tensors(checkpoint, keep, new), Progress(advance, finished))
         for file in _write_other_files(checkpoint, keep, folder):
             finished(file)
         files = {file: future.result() for file, future in sorted(hashes.items())}
-    manifest = {
+    return {
         "schema": MANIFEST_SCHEMA,
         "source": {"model_id": checkpoint.model_id, "model_sha256": checkpoint.sha256},
         "num_experts_before": checkpoint.num_experts,
@@ -98,17 +133,20 @@ def _write(checkpoint: Checkpoint, keep: KeepSet, folder: Path, sizes: Sizes, pr
         "bytes_after": sizes.total,
         "sha256": files,
     }
-    write_json(folder / MANIFEST, manifest)
-    return manifest
 
 
-def sliced_tensors(checkpoint: Checkpoint, keep: KeepSet) -> dict[str, Stored]:
-    """Every tensor of the pruned checkpoint, as bytes of this one."""
-    sources = {}
+def sliced_tensors(
+    checkpoint: Checkpoint, keep: KeepSet, new: Mapping[str, torch.Tensor] = {}
+) -> dict[str, TensorSource]:
+    """Every tensor of the pruned checkpoint: bytes of this one, or of the new values."""
+    sources: dict[str, TensorSource] = {}
     for name in checkpoint.names:
         layer = checkpoint.family.layer_of_experts(name)
         rows = None if layer is None else keep.ids[layer].tolist()
-        sources[name] = Stored(checkpoint.location(name), rows)
+        if name in new:
+            sources[name] = New(new[name] if rows is None else new[name][rows])
+        else:
+            sources[name] = Stored(checkpoint.location(name), rows)
     return sources
 
 

@@ -1,6 +1,10 @@
 """Pictures of rankings, landscapes and keep-count curves. Every function returns a Picture."""
 
+from __future__ import annotations
+
 import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -8,6 +12,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .model import Curve, Row
+
+if TYPE_CHECKING:  # loads the engine
+    from ..recovery.loop import Look
 
 COLORS = {
     "eaft_reap": "#c0392b",
@@ -19,6 +26,7 @@ COLORS = {
     "gate_mass": "#7f8c8d",
     "random": "#95a5a6",
 }
+_RECOVERED_COLOR = "#e6b800"
 _OTHER_COLORS = ("#2c3e50", "#27ae60", "#b9770e", "#5b2c6f", "#1a5276")
 
 
@@ -111,6 +119,42 @@ def criteria_agreement(rankings: dict[str, np.ndarray], keep_n: int) -> Picture:
     return figure
 
 
+class RecoveryCurve:
+    """The perplexity of text that is held back over tokens trained on; called with the looks so far, it draws them anew."""
+
+    def __init__(self):
+        self._display = None
+
+    def __call__(self, curve: Sequence[Look]) -> None:
+        from IPython.display import display
+
+        if self._display is None:
+            self._display = display(recovery_curve(curve), display_id=True)
+        else:
+            self._display.update(recovery_curve(curve))
+
+
+def recovery_curve(curve: Sequence[Look]) -> Picture:
+    """Perplexity and divergence from the whole model over tokens trained on, on text that is held back; the best marked."""
+    figure = Picture(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tokens = [look.tokens / 1e6 for look in curve]
+    best = min(range(len(curve)), key=lambda i: curve[i].held_out_kl)
+    for axes, values, name in (
+        (left, [look.held_out_ppl for look in curve], "perplexity, held back"),
+        (right, [look.held_out_kl for look in curve], "KL to the whole model, held back"),
+    ):
+        axes.plot(tokens, values, marker="o", markersize=4, linewidth=1.6, color="#2471a3")
+        axes.plot(tokens[best], values[best], marker="*", markersize=12, color="#c0392b")
+        axes.annotate(
+            f"{values[best]:.4g}", (tokens[best], values[best]), (0, 8), textcoords="offset points", fontsize=8
+        )
+        axes.set(xlabel="million tokens trained on", ylabel=name)
+        _tidy(axes)
+    right.set_yscale("log")
+    return figure
+
+
 def sizes(before: dict[str, int], after: dict[str, int]) -> Picture:
     """Bytes of experts and of the rest, before and after pruning; both dicts have ``total`` and ``experts``."""
     figure, axes = _panel(7, 1.9)
@@ -148,14 +192,22 @@ def landscape(model: dict, title: str) -> Picture:
 
 
 def keep_curve(curve: Curve) -> Picture:
-    """dPPL over experts kept, a line per criterion and a panel per sequence length, the gate drawn. Symlog above the gate."""
+    """dPPL over experts kept, a panel per sequence length, the gate drawn. Symlog above the gate.
+
+    A line per criterion; recovered models are stars, which no line joins.
+    """
     figure = Picture(figsize=(4.9 * len(curve.limits), 3.9), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(curve.limits), sharey=True))
+    stars = [r.comparison.ppl.value for r in curve.rows if r.recovered and r.seq_len in curve.limits]
+    bottom = min([-max(curve.limits.values()), *(1.2 * value for value in stars)])  # training may undercut the baseline
     for axes, (seq_len, limit) in zip(panels, curve.limits.items(), strict=True):
         part = [r for r in curve.rows if r.seq_len == seq_len]
-        for criterion in sorted({r.criterion for r in part}):
-            line = sorted((r for r in part if r.criterion == criterion), key=lambda r: r.keep_n)
+        untrained = [r for r in part if not r.recovered]
+        for criterion in sorted({r.criterion for r in untrained}):
+            line = sorted((r for r in untrained if r.criterion == criterion), key=lambda r: r.keep_n)
             _curve_line(axes, line, color_of(criterion), curve.num_experts)
+        if stars:
+            _recovered_stars(axes, [r for r in part if r.recovered])
         axes.axhspan(-limit, limit, color="#27ae60", alpha=0.15, linewidth=0)
         axes.axhline(limit, color="#27ae60", linewidth=1.2)
         axes.annotate(
@@ -167,7 +219,7 @@ def keep_curve(curve: Curve) -> Picture:
             color="#1e8449",
         )
         axes.set_yscale("symlog", linthresh=limit, linscale=0.8)
-        axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(-limit, None))
+        axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(bottom, None))
         axes.set_xticks(sorted({r.keep_n for r in part} | {curve.num_experts}))
         _tidy(axes)
     figure.axes[0].set_ylabel("dPPL")
@@ -179,6 +231,20 @@ def _curve_line(axes, rows: list[Row], color: str, num_experts: int) -> None:
     """Rows of one criterion, fewest experts first, and their intervals; the line ends at the whole model's zero."""
     x, y = [r.keep_n for r in rows] + [num_experts], [r.comparison.ppl.value for r in rows] + [0.0]
     axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color, label=rows[0].criterion)
+    _intervals(axes, rows, color)
+
+
+def _recovered_stars(axes, rows: list[Row]) -> None:
+    """Recovered models and their intervals; their series stands in the legend of every panel, where it may be empty."""
+    x, y = [r.keep_n for r in rows], [r.comparison.ppl.value for r in rows]
+    axes.plot(
+        x, y, marker="*", markersize=13, linestyle="none", color=_RECOVERED_COLOR, markeredgecolor="black",
+        markeredgewidth=0.7, zorder=3, label="recovered",
+    )  # fmt: skip
+    _intervals(axes, rows, "black")
+
+
+def _intervals(axes, rows: list[Row], color: str) -> None:
     bars = [(r.keep_n, *r.comparison.ppl.interval) for r in rows if r.comparison.ppl.interval]
     axes.vlines([k for k, _, _ in bars], [low for _, low, _ in bars], [high for _, _, high in bars], color=color)
 

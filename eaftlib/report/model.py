@@ -11,13 +11,37 @@ SCHEMA = "eaft-verdict/1"
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """What training changed in a pruned model, whose expert matrices stay as they were.
+
+    parameters_share: trained parameters of all of the pruned model's; tokens: trained on, repeats counted.
+    """
+
+    parameters_share: float
+    tokens: int
+
+    @property
+    def trained(self) -> str:
+        """The share with two digits: that of routers alone is far below a percent."""
+        return f"{float(f'{100 * self.parameters_share:.2g}'):g}%"
+
+    @property
+    def trained_on(self) -> str:
+        return f"{self.tokens / 1e6:,.1f} M tokens" if self.tokens >= 1e6 else f"{self.tokens:,} tokens"
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A pruned model and its verdict. keep_n of num_experts experts per layer; None where an earlier file does not say."""
+    """A pruned model and its verdict. keep_n of num_experts experts per layer; None where an earlier file does not say.
+
+    recovered: None where nothing was trained.
+    """
 
     label: str
     criterion: str | None
     keep_n: int | None
     num_experts: int | None
+    recovered: Recovered | None
     status: str
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
@@ -30,6 +54,7 @@ class Row:
     label: str
     criterion: str | None
     keep_n: int | None
+    recovered: Recovered | None
     pack: str
     seq_len: int
     ppl: float
@@ -44,7 +69,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """dPPL over experts kept: rows with a criterion on the primary pack, and the dPPL gate per sequence length."""
+    """dPPL over experts kept: pruned models' rows on the primary pack, and the dPPL gate per sequence length.
+
+    rows: those with a criterion, and recovered ones, which belong to no criterion's line.
+    """
 
     rows: tuple[Row, ...]
     limits: dict[int, float]
@@ -94,6 +122,7 @@ class Report:
                     "verdict": c.status,
                     "keep_n": c.keep_n,
                     "criterion": c.criterion,
+                    "recovered": vars(c.recovered) if c.recovered else None,
                     "reasons": list(c.reasons),
                     "checks": [vars(check) for check in c.checks],
                 }
@@ -140,12 +169,18 @@ def _criterion(result: Result) -> str | None:
     return (result.meta.get("keep_set") or {}).get("criterion")
 
 
+def _recovered(result: Result) -> Recovered | None:
+    found = result.meta.get("recovered")
+    return Recovered(found["parameters_share"], found["tokens"]) if found else None
+
+
 def _candidate(result: Result, base: Result, verdict: Verdict) -> Candidate:
     return Candidate(
         label=result.label,
         criterion=_criterion(result),
         keep_n=experts_kept(result),
         num_experts=experts_kept(base),
+        recovered=_recovered(result),
         status=verdict.status,
         reasons=verdict.reasons,
         checks=verdict.checks,
@@ -169,11 +204,15 @@ def _headline(
     if best is None:
         return f"None of {len(candidates)} candidates passes {gates.name}."
     before, after = base.meta.get("bytes_total"), results[best.label].meta.get("bytes_total")
-    saved = f", {1 - after / before:.1%} of the bytes gone" if before and after else ""
+    trained, saved = "", f", {1 - after / before:.1%} of the bytes gone" if before and after else ""
+    if best.recovered:
+        trained = ", every kept expert matrix as it was, "
+        trained += f"{best.recovered.trained} of the parameters trained on {best.recovered.trained_on}"
+        saved = saved.replace(", ", "; ")
     passing = sum(c.status == PASS for c in candidates)
     return (
         f"{best.label} passes {gates.name} with {best.keep_n or '?'} of {best.num_experts or '?'} experts "
-        f"per layer{saved}; {passing} of {len(candidates)} candidates pass."
+        f"per layer{trained}{saved}; {passing} of {len(candidates)} candidates pass."
     )
 
 
@@ -195,6 +234,7 @@ def _row(result: Result, key: tuple[str, int], comparison: Comparison, gate: str
         label=result.label,
         criterion=_criterion(result),
         keep_n=experts_kept(result),
+        recovered=_recovered(result),
         pack=key[0],
         seq_len=key[1],
         **{name: model[name] for name in ("ppl", "cc_rate", "mean_prob", "mean_entropy", "kept_tokens")},
@@ -231,6 +271,8 @@ def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -
         "Intervals: 95 %, paired bootstrap over blocks.",
         "JS2D: divergence of the (p, H) histograms. Its floor is what chance gives: the two models' values swapped at "
         "random, token by token. A value above the limit by no more than the floor decides nothing (UNDECIDED).",
+        "trained: share of the pruned model's parameters that training changed afterwards, to give the whole model's "
+        "next-token distributions again; the expert matrices are not among them. '-': nothing was trained.",
         "KL and top-1: mean KL(baseline, candidate) over the full vocabulary, and share of equal arg-max, where both "
         "models ran in one pass.",
         f"Evaluated rows: {meta.get('rows', 'unknown')}; {meta.get('num_blocks', '?')} blocks per sequence length; "
@@ -251,8 +293,9 @@ def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -
 
 
 def _curve(rows: list[Row], base: Result, gates: Gates) -> Curve | None:
-    """None where no candidate on the primary pack names its criterion."""
-    drawn = tuple(r for r in rows if not r.is_baseline and r.criterion and r.pack == gates.primary_pack)
+    """None where no candidate on the primary pack names its criterion or was recovered."""
+    pruned = [r for r in rows if not r.is_baseline and r.pack == gates.primary_pack]
+    drawn = tuple(r for r in pruned if r.criterion or (r.recovered and r.keep_n))
     limits = {
         length: gates.ppl_limit(base.entries[gates.primary_pack, length]["model"]["ppl"])
         for length in gates.primary_seq_lens

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..evaluation.compare import Delta
 from ..evaluation.gates import PASS, UNDECIDED
-from .model import Candidate, Report, Row
+from .model import Candidate, Recovered, Report, Row
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ def _ends(name: str, delta: Callable[[Row], Delta]) -> list[Column]:
     return [Column(f"{name}_low", end(0)), Column(f"{name}_high", end(1))]
 
 
+_TRAINED = Column("trained", lambda row: row.recovered.trained if row.recovered else "-")
+
 VERDICTS = [
     Column("model", lambda c: c.label),
+    _TRAINED,
     Column("verdict", lambda c: c.status),
     Column("why", lambda c: "; ".join(c.reasons)),
 ]
@@ -62,6 +65,7 @@ VERDICTS_AND_SIZES = [VERDICTS[0], Column("keep", _kept), *VERDICTS[1:]]
 SCORES = [
     Column("model", lambda r: r.label),
     Column("keep", lambda r: r.keep_n or "?"),
+    _TRAINED,
     Column("ppl", lambda r: r.ppl, ".3f"),
     Column("dPPL", _ppl_difference),
     Column("95 % interval", _ppl_interval),
@@ -101,6 +105,8 @@ VALUES = [
     *_ends("dppl", lambda r: r.comparison.ppl),
     *_ends("dcc", lambda r: r.comparison.cc),
     *_ends("dmean_prob", lambda r: r.comparison.mean_prob),
+    Column("trained_parameters_share", lambda r: r.recovered and r.recovered.parameters_share),
+    Column("trained_tokens", lambda r: r.recovered and r.recovered.tokens),
 ]
 
 
@@ -122,28 +128,52 @@ def csv(report: Report) -> str:
 
 
 def summary(content: dict) -> str:
-    """verdict.json as text: by criterion and keep count the largest |dPPL| over primary lengths, passes starred."""
+    """verdict.json as text: by criterion and keep count the largest |dPPL| over primary lengths, passes starred.
+
+    Below them a line for each recovered model, which says what was trained: it is no point of a criterion's row.
+    """
+    models = [
+        model | {"label": label} for label, model in content["models"].items() if _largest_dppl(model) is not None
+    ]
+    recovered = [m for m in models if m.get("recovered") and m["keep_n"]]  # earlier files do not have the key
     cells: dict[tuple[str, int], tuple[float, str]] = {}
-    for model in content["models"].values():
-        deltas = [c["value"] for c in model["checks"] if c["gate"] == "dPPL"]
+    for model in models:
         key = (model["criterion"], model["keep_n"])
-        if None in key or not deltas:
+        if None in key or model.get("recovered"):
             continue
-        found = (max(deltas, key=abs), model["verdict"])
+        found = (_largest_dppl(model), model["verdict"])
         # One keep-set may have been scored twice, virtually and on disk: the worse one is shown.
         cells[key] = max(cells.get(key, found), found, key=lambda cell: (cell[1] != PASS, abs(cell[0])))
-    counts = sorted({n for _, n in cells}, reverse=True)
+    counts = sorted({n for _, n in cells} | {m["keep_n"] for m in recovered}, reverse=True)
     missing = (float("inf"), "")
     criteria = sorted({c for c, _ in cells}, key=lambda c: [abs(cells.get((c, n), missing)[0]) for n in counts])
 
     def cost(count: int) -> Callable[[str], str]:
         return lambda criterion: _starred(*cells[criterion, count]) if (criterion, count) in cells else ""
 
-    columns = [Column("", str, "<16"), *(Column(f"keep {n}", cost(n), ">12") for n in counts)]
+    width = max([16, *(len(m["label"]) + 2 for m in recovered)])
+    columns = [Column("", str, f"<{width}"), *(Column(f"keep {n}", cost(n), ">12") for n in counts)]
     title = f"{content['gates']} against {content['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
     lines = ["".join(format(c.name, c.format) for c in columns)]
     lines += ["".join(c.text(criterion) for c in columns) for criterion in criteria]
+    lines += _recovered_lines(recovered, counts, width)
     return "\n".join([title, *lines, "", content["headline"]])
+
+
+def _largest_dppl(model: dict) -> float | None:
+    return max((c["value"] for c in model["checks"] if c["gate"] == "dPPL"), key=abs, default=None)
+
+
+def _recovered_lines(models: list[dict], counts: list[int], width: int) -> list[str]:
+    """After an empty line each recovered model's dPPL in its column, and to the right of it what was trained."""
+    lines = [""] if models else []
+    for model in sorted(models, key=lambda m: (-m["keep_n"], abs(_largest_dppl(m)))):
+        place = width + 12 * (1 + counts.index(model["keep_n"]))
+        dppl = _starred(_largest_dppl(model), model["verdict"])
+        what = Recovered(**model["recovered"])
+        end = f"{dppl:>{place - len(model['label'])}}  {what.trained} trained on {what.trained_on}"
+        lines.append(model["label"] + end)
+    return lines
 
 
 def _starred(dppl: float, status: str) -> str:

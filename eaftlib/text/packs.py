@@ -42,6 +42,17 @@ class Blocks:
     def seq_len(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def input_sha256(self) -> str:
+        """What the model is given and what is scored of it: over the shape, the token ids (int32) and the kept mask (bytes).
+
+        A changed tokenizer, EOS token or packing shows here, whatever its cause.
+        """
+        digest = hashlib.sha256(f"{self.tokens.shape}".encode())
+        digest.update(self.tokens.astype("<i4").tobytes())
+        digest.update(self.kept.tobytes())
+        return digest.hexdigest()
+
 
 class PackSource:
     """The packs of one source, each a parquet file with a string column ``text``; a pack's name is its file's stem."""

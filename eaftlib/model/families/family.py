@@ -44,6 +44,10 @@ class Family(ABC):
         """The layer whose experts dim 0 of this tensor counts (router and experts); None for all other tensors."""
 
     @abstractmethod
+    def part_of(self, name: str) -> str | None:
+        """``routers``, ``expert_biases``, ``norms``, ``attention`` or ``lm_head``; None for embedding and expert matrices."""
+
+    @abstractmethod
     def build_layer(self, config: PreTrainedConfig, index: int) -> nn.Module:
         """transformers' decoder layer without weights; its forward takes what ``layer_inputs`` gives."""
 

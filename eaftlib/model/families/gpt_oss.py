@@ -40,6 +40,12 @@ class GptOss(Family):
     def layer_of_experts(self, name: str) -> int | None:
         return int(name.split(".")[2]) if ".mlp.router." in name or ".mlp.experts." in name else None
 
+    def part_of(self, name: str) -> str | None:
+        if ".mlp.experts." in name:
+            return "expert_biases" if name.endswith("_bias") else None
+        words = {".mlp.router.": "routers", ".self_attn.": "attention", "norm.weight": "norms", "lm_head.": "lm_head"}
+        return next((part for word, part in words.items() if word in name), None)
+
     def build_layer(self, config: GptOssConfig, index: int) -> nn.Module:
         with torch.device("meta"):
             return GptOssDecoderLayer(config, index)
