@@ -140,5 +140,5 @@ figures.criteria_agreement({name: np.array(c["ranking"]) for name, c in ranking[
 figures.reconstruction_loss(ranking["criteria"]["recon"]["losses"]) if "recon" in p.criteria else None
 
 # %% [markdown]
-# **Read from it** (with `recon` among the criteria): what share of its experts' output each layer loses at a count, the tokens of removed
-# experts sent to the next ones. Layers are looked at one by one: errors that add up over layers are not in it.
+# **Read from it** (with `recon` among the criteria): what share of its experts' output (squared) each layer loses at a count, with the
+# tokens of removed experts sent to the next ones. Layers are looked at one by one: errors that add up over layers are not in it.

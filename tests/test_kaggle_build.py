@@ -652,7 +652,8 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     values = {k: TINY[k] for k in names} | {
         "seq_len": 40,
         "num_blocks": 3,
-        "criteria": ["reap", "frequency"],
+        "criteria": ["reap", "recon"],
+        "recon_tokens": 9,
         "out_dir": "o/rank",
     }
     file = here / "params" / "rank.yaml"
@@ -665,10 +666,11 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     assert entry.state == "verified", entry.steps[-1].note + version.log
     assert set(ledger.find(entry.run).results) == {"ranking.json", "saliency.parquet", "trace.safetensors"}
     ranking = json.loads((entry.result_folder / "ranking.json").read_text())
-    assert set(ranking["criteria"]) == {"reap", "frequency"}
+    assert set(ranking["criteria"]) == {"reap", "recon"}
     for where, name, value in [
         ("provenance", "model_id", "tiny/other"),
         ("provenance", "seq_len", 41),
+        ("provenance", "recon_tokens", 10),
         ("criteria", "ean", {}),
     ]:
         changed = here / "ranking.json"

@@ -94,7 +94,7 @@ def reconstruction_loss(losses: dict[str, list[float]]) -> Picture:
         ends = layer in (0, len(lines) - 1)
         axes.plot(counts, line, color=color, linewidth=1.2, label=f"layer {layer}" if ends else None)
     axes.plot(counts, lines.mean(0), color="#c0392b", linewidth=2.2, label="mean")
-    axes.set(xlabel="experts kept per layer", ylabel="share of the experts' output lost", ylim=(0, None))
+    axes.set(xlabel="experts kept per layer", ylabel="squared error, share of the experts' output", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return figure
 
