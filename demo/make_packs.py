@@ -2,6 +2,7 @@
 
     python demo/make_packs.py --wordnet DIR                    packs and tokenizer
     python demo/make_packs.py --wordnet DIR --train OUT.npz    training tokens, with the committed packs and tokenizer
+    python demo/make_packs.py --wordnet DIR --text FOLDER      packs of such rows, to recover on: give another --seed
 
 Committed and training rows never share a first question (its hash decides who may use it), half of all dictionary and
 docstring entries occur in committed rows only, and contradictions occur in committed rows only.
@@ -149,6 +150,20 @@ def write_training(out: Path, tokenizer: Tokenizer, texts, seed: int, total_toke
     print(f"{out}: {len(order):,} rows, {len(tokens):,} tokens, kept {kept.mean():.3f}, {out.stat().st_size:,} bytes")
 
 
+def write_text(folder: Path, tokenizer: Tokenizer, texts, seed: int, total_tokens: int) -> None:
+    """Packs whose rows may be trained on, each with a third of the tokens."""
+    forbidden = {row for pack in PACKS for row in read_pack(pack)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for pack in PACKS:
+        source, rows, tokens = training_rows(pack, texts, seed), [], 0
+        while tokens < total_tokens / len(PACKS):
+            batch = [row for row, _ in zip(source, range(BATCH), strict=False) if row not in forbidden]
+            tokens += sum(len(e.ids) + 1 for e in tokenizer.encode_batch(batch, add_special_tokens=False))
+            rows += batch
+        pq.write_table(pa.table({"text": rows}), folder / f"{pack}.parquet", compression="zstd")
+        print(f"{pack:16} {len(rows):8,} rows, {tokens:11,} tokens", flush=True)
+
+
 def pack_path(pack: str) -> Path:
     return HERE / "packs" / f"{pack}.parquet"
 
@@ -179,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun, index.noun, ...")
     parser.add_argument("--train", type=Path, help="write training tokens to this .npz instead of the packs")
+    parser.add_argument("--text", type=Path, help="write rows like those of training to packs in this folder")
     parser.add_argument("--train-tokens", type=int, default=27_000_000)
     parser.add_argument("--seed", type=int, default=20260)
     args = parser.parse_args()
@@ -186,9 +202,10 @@ def main() -> None:
     seen = text_tasks.Texts([e for e in entries if seen_in_training(e.word)],
                             [f for f in functions if seen_in_training(f.name)])  # fmt: skip
     model = HERE / "model"
-    if args.train:
+    if args.train or args.text:
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        return write_training(args.train, tokenizer, seen, args.seed, args.train_tokens)
+        write = write_training if args.train else write_text
+        return write(args.train or args.text, tokenizer, seen, args.seed, args.train_tokens)
     sample = (without_tags(row) for pack in PACKS
               for row, _ in zip(training_rows(pack, seen, args.seed), range(TOKENIZER_ROWS), strict=False))  # fmt: skip
     save_tokenizer(train_tokenizer(sample), model)

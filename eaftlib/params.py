@@ -140,13 +140,23 @@ class Evaluate(Parameters):
     only: list[str] | None
     rows: Rows
     seq_lens: Annotated[list[Positive], Field(min_length=1)]
-    num_blocks: Positive
+    num_blocks: int | list[int]
     entropy_topk: Annotated[int, Field(ge=2)]
     cc_quantile: Share
     device: str
     dtype: str
     max_gpu_memory: Annotated[float, Field(gt=0)] | None
     out_dir: str
+
+    @field_validator("num_blocks", mode="plain")
+    @classmethod
+    def _one_number_or_a_list(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or any(type(n) is not int or n < 1 for n in numbers):
+            raise ValueError(
+                f"found {value!r}, expected a whole number above 0, or a list of them, one for each of seq_lens"
+            )
+        return value
 
     @field_validator("keep_set", mode="before")
     @classmethod
@@ -167,6 +177,21 @@ class Evaluate(Parameters):
         elif self.keep_set is not None and self.label is None:
             raise ValueError("label: the result of a keep-set needs a name; give one")
         return self
+
+    @model_validator(mode="after")
+    def _blocks_of_each_length(self) -> Self:
+        if isinstance(self.num_blocks, list) and len(self.num_blocks) != len(self.seq_lens):
+            raise ValueError(
+                f"num_blocks: found {len(self.num_blocks)} numbers for {len(self.seq_lens)} seq_lens; give one, or one for each"
+            )
+        return self
+
+    @property
+    def blocks_by_length(self) -> int | dict[int, int]:
+        """num_blocks, by sequence length where they differ."""
+        if isinstance(self.num_blocks, int):
+            return self.num_blocks
+        return dict(zip(self.seq_lens, self.num_blocks, strict=True))
 
     @property
     def keep_sets(self) -> dict[str, dict[str, Any] | None]:

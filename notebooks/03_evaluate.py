@@ -31,7 +31,7 @@ pack_files = None
 only = None  # every pack and UNION; or a list of those names
 rows = "all"
 seq_lens = [1024, 2048]
-num_blocks = 16
+num_blocks = 16  # of each length; or a list, one for each of seq_lens
 entropy_topk = 20
 cc_quantile = 0.15
 device = "auto"
@@ -72,7 +72,7 @@ print(f"{len(keep_sets)} model(s) on {', '.join(p.only or source.names)} at {p.s
 # %%
 written = evaluate(
     checkpoint, source, placement, keep_sets,
-    seq_lens=p.seq_lens, num_blocks=p.num_blocks, only=p.only, rows=p.rows,
+    seq_lens=p.seq_lens, num_blocks=p.blocks_by_length, only=p.only, rows=p.rows,
     entropy_topk=p.entropy_topk, cc_quantile=p.cc_quantile, out_dir=p.out_dir,
 )  # fmt: skip
 print(f"wrote {len(written)} result(s) to {p.out_dir}")

@@ -17,8 +17,9 @@ from .variants import Variant
 from .weights import Weights
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-# Likewise on the way back, where what a layer computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
+# Likewise on the way back, where what layers computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
 TRAINING_VALUES = {"cpu": 1 << 19, "cuda": 4096 * 2880}  # of hidden states at once
+STREAMED_TIMES = 2  # as many where layers are streamed: only one layer's computation waits
 DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
 HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
@@ -43,7 +44,8 @@ class Traversal:
         self.device, self.seq_len = weights.device, blocks.seq_len
         at_once = MICRO_BATCH_TOKENS[self.device.type]
         if weights.backend.training:
-            at_once = TRAINING_VALUES[self.device.type] // weights.checkpoint.config.hidden_size
+            values = TRAINING_VALUES[self.device.type] * (1 if weights.resident else STREAMED_TIMES)
+            at_once = values // weights.checkpoint.config.hidden_size
         self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
         self._keeps_graphs = weights.resident
         self.positions = torch.arange(self.seq_len, device=self.device)[None]

@@ -33,7 +33,7 @@ def evaluate(
     keep_sets: Mapping[str, KeepSet | None],
     *,
     seq_lens: Sequence[int],
-    num_blocks: int,
+    num_blocks: int | Mapping[int, int],
     only: Sequence[str] | None = None,
     rows: str = "all",
     entropy_topk: int = 20,
@@ -43,8 +43,8 @@ def evaluate(
 ) -> list[Path]:
     """Score every keep-set (label -> KeepSet, or None for the whole model) and write one result per label.
 
-    Every pack and sequence length is one pass over the weights that serves all keep-sets. A pass that an earlier run of
-    the very same has finished is not repeated. Returns the JSON paths.
+    num_blocks: of each sequence length, or by length. Every pack and sequence length is one pass over the weights that
+    serves all keep-sets. A pass that an earlier run of the very same has finished is not repeated. Returns the JSON paths.
     """
     out_dir = Path(out_dir)
     _require_file_names(keep_sets)
@@ -53,11 +53,14 @@ def evaluate(
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
     spans = checkpoint.family.completion_spans
     jobs = [
-        pack_blocks(source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=num_blocks, rows=rows)
+        pack_blocks(
+            source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=_at(num_blocks, length), rows=rows
+        )
         for pack in packs
         for length in seq_lens
     ]
-    settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
+    recorded = num_blocks if isinstance(num_blocks, int) else {str(k): n for k, n in sorted(num_blocks.items())}
+    settings = {"num_blocks": recorded, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     settings |= {"gpu_name": _gpu_names(placement)}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
@@ -95,10 +98,14 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         return entries, tokens
     stored = results.read_tokens(results.tokens_path(path))
     for key, entry in old.entries.items():
-        expected = key in stored and aggregate(stored[key], meta["num_blocks"], meta["cc_quantile"])
+        expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], str(key[1])), meta["cc_quantile"])
         if expected and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
+
+
+def _at(num_blocks: int | Mapping, length: int | str) -> int:
+    return num_blocks if isinstance(num_blocks, int) else num_blocks[length]
 
 
 def _left(jobs: Sequence[Blocks], entries: dict[str, dict], progress: bool) -> dict[tuple[str, int], Blocks]:

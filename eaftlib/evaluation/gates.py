@@ -111,8 +111,11 @@ def saw_its_rows(result: Result) -> bool:
 
 def trained_on_its_rows(result: Result) -> bool:
     """Whether a recovered model may have been trained on the rows it is scored on."""
-    recovered = result.meta.get("recovered")
-    return recovered is not None and _may_share_rows(recovered["text"]["rows"], result)
+    recovered, rows = result.meta.get("recovered"), []
+    while recovered:
+        rows.append(recovered["text"]["rows"])
+        recovered = recovered.get("init")
+    return any(_may_share_rows(found, result) for found in rows)
 
 
 def _may_share_rows(rows: str, result: Result) -> bool:

@@ -70,12 +70,16 @@ class TrainingText(_Part):
 
 
 class Recovered(_Part):
-    """How a pruned model's small tensors were trained. parameters_share: of all its parameters; tokens: repeats counted."""
+    """How a pruned model's small tensors were trained.
+
+    parameters_share: of the whole model's parameters; tokens: repeats and earlier runs counted; init: the run begun with.
+    """
 
     trained: list[str]
     parameters_share: Share
     tokens: Count
     text: TrainingText
+    init: "Recovered | None" = None
 
 
 class Meta(_Part):

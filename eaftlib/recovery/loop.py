@@ -14,6 +14,7 @@ from ..engine import forward, ranks
 from ..engine.traversal import Traversal
 from ..engine.variants import Variant
 from ..engine.weights import Weights
+from ..errors import ScoringError
 from ..files import write_atomically
 from ..progress import progress_bar
 from ..text.packs import Blocks
@@ -204,7 +205,9 @@ class Recovery:
             group["lr"] = self.schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        if not math.isfinite(value := loss.item()):
+            raise ScoringError(f"step {step}: the loss is {value}. Lower learning_rate, or run with dtype float32.")
+        return value
 
     def _look(self, step: int, loss: float | None, seconds: float) -> Look:
         run = forward.score_variants(

@@ -64,12 +64,14 @@ def recover(
     folder, is_first = training_folder(out_dir), ranks.current()[0] == 0
     state = _state(folder / STATE, identity, announce=is_first)
     trained = Trained(checkpoint, parts, attention_rank, placement.device, schedule.seed)
+    before = None
     if init is not None:
-        trained.set(_read_tensors(Path(init), checkpoint, keep))
+        leaves, before = _read_tensors(Path(init), checkpoint, keep)
+        trained.set(leaves)
     text, held_out = hold_back(blocks, held_out_blocks, checkpoint.tokenizer.eos_token_id)
     weights = Weights(checkpoint, placement, training=True)
     run = Recovery(weights, keep.mask, trained, text, held_out, schedule, objective)
-    about = _about(blocks, settings, trained.parameters(keep.mask), checkpoint, keep)
+    about = _about(blocks, settings, trained.parameters(keep.mask), checkpoint, before)
 
     def save(now: State) -> None:
         if is_first:
@@ -80,7 +82,7 @@ def recover(
     manifest = None
     if is_first:
         recovered = _record(folder, settings, checkpoint, run, state, about)
-        _write_tensors(folder / TENSORS, trained, checkpoint, keep)
+        _write_tensors(folder / TENSORS, trained, checkpoint, keep, recovered)
         recovered |= {"identity_sha256": _sha256(identity)}
         manifest = slicing.prune(checkpoint, keep, out_dir, new=dict(trained.final()), recovered=recovered)
         (folder / STATE).unlink(missing_ok=True)
@@ -142,14 +144,14 @@ def _state(path: Path, identity: dict, announce: bool) -> State:
     return State()
 
 
-def _about(blocks: Blocks, settings: Mapping, parameters: int, checkpoint: Checkpoint, keep: KeepSet) -> dict:
-    """What a manifest says of the training, but for how far it went."""
-    names = ("trained", "attention_rank", "init")
+def _about(blocks: Blocks, settings: Mapping, parameters: int, checkpoint: Checkpoint, before: dict | None) -> dict:
+    """What a manifest says of the training, but for how far it went. before: the same of the run it began with."""
     text = {name: settings[name] for name in ("packs", "pack_files", "seq_len", "num_blocks", "held_out_blocks")}
     text |= {"pack": blocks.pack, "rows": blocks.rows, "rows_seen": blocks.rows_seen, "rows_sha256": blocks.rows_sha256}
-    return {name: settings[name] for name in names} | {
+    return {name: settings[name] for name in ("trained", "attention_rank")} | {
         "parameters": parameters,
-        "parameters_share": parameters / slicing.num_parameters(checkpoint, keep.keep_n),
+        "parameters_share": parameters / slicing.num_parameters(checkpoint, checkpoint.num_experts),
+        "init": before,
         "text": text,
         "settings_sha256": _sha256(dict(settings)),
     }
@@ -158,7 +160,8 @@ def _about(blocks: Blocks, settings: Mapping, parameters: int, checkpoint: Check
 def _record(folder: Path, settings: Mapping, checkpoint: Checkpoint, run: Recovery, state: State, about: dict) -> dict:
     """Write recovery.json; returns its ``recovered``, which the manifest repeats."""
     last, best = state.curve[-1], state.best_look
-    recovered = about | {"steps": last.step, "best_step": best.step, "tokens": last.tokens}
+    tokens = last.tokens + (about["init"] or {"tokens": 0})["tokens"]
+    recovered = about | {"steps": last.step, "best_step": best.step, "tokens": tokens}
     content = {
         "schema": SCHEMA,
         "settings": dict(settings),
@@ -172,15 +175,17 @@ def _record(folder: Path, settings: Mapping, checkpoint: Checkpoint, run: Recove
     return recovered
 
 
-def _write_tensors(path: Path, trained: Trained, checkpoint: Checkpoint, keep: KeepSet) -> None:
+def _write_tensors(path: Path, trained: Trained, checkpoint: Checkpoint, keep: KeepSet, recovered: dict) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: leaf.contiguous() for name, leaf in trained.stored().items()}
     metadata = {"model_sha256": checkpoint.sha256, "keep_sha256": _sha256(keep.ids.tolist())}
+    metadata["recovered"] = json.dumps(recovered)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _read_tensors(path: Path, checkpoint: Checkpoint, keep: KeepSet) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, checkpoint: Checkpoint, keep: KeepSet) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors, and what was trained on what to get them."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -194,4 +199,4 @@ def _read_tensors(path: Path, checkpoint: Checkpoint, keep: KeepSet) -> dict[str
                     f"init: {path} was trained with {name} {str(metadata.get(name))[:12]}, this run has {value[:12]}: start "
                     "from tensors of the same model and the same keep-set"
                 )
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["recovered"])

@@ -14,7 +14,7 @@ SCHEMA = "eaft-verdict/1"
 class Recovered:
     """What training changed in a pruned model, whose expert matrices stay as they were.
 
-    parameters_share: trained parameters of all of the pruned model's; tokens: trained on, repeats counted.
+    parameters_share: trained parameters of all of the whole model's; tokens: trained on, repeats counted.
     """
 
     parameters_share: float
@@ -275,7 +275,7 @@ def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -
         "next-token distributions again; the expert matrices are not among them. '-': nothing was trained.",
         "KL and top-1: mean KL(baseline, candidate) over the full vocabulary, and share of equal arg-max, where both "
         "models ran in one pass.",
-        f"Evaluated rows: {meta.get('rows', 'unknown')}; {meta.get('num_blocks', '?')} blocks per sequence length; "
+        f"Evaluated rows: {meta.get('rows', 'unknown')}; {_blocks(meta.get('num_blocks', '?'))}; "
         f"{meta.get('gpu_name') or meta.get('device', 'device unknown')}, {meta.get('dtype', 'dtype unknown')}.",
     ]
     rounded = [f"{c.label} in {c.meta['dtype']}" for c in candidates if dtypes_differ(c, base)]
@@ -290,6 +290,12 @@ def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -
             "do not record rows or tokenizer, so that those agree is not checked."
         )
     return tuple(notes)
+
+
+def _blocks(num_blocks: int | str | dict[str, int]) -> str:
+    if isinstance(num_blocks, dict):
+        return ", ".join(f"{count} blocks of {length} tokens" for length, count in num_blocks.items())
+    return f"{num_blocks} blocks per sequence length"
 
 
 def _curve(rows: list[Row], base: Result, gates: Gates) -> Curve | None:
