@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python -m eaftlib", description=__doc__)
     commands = whole.add_subparsers(required=True)
     summary = commands.add_parser("summary", help="print a report's verdicts: criteria by keep counts")
-    summary.add_argument("verdict", type=Path, help="verdict.json of a report")
+    summary.add_argument("verdicts", type=Path, nargs="+", help="verdict.json of a report; of several, in one table")
     summary.set_defaults(run=_summary)
     notebooks = commands.add_parser("notebooks", help="generate every .ipynb from its percent script")
     notebooks.add_argument("--check", action="store_true", help="write nothing; fail if one differs from its source")
@@ -119,7 +119,7 @@ def _kaggle_pull(options) -> int:
 def _summary(options) -> int:
     from .report.tables import summary
 
-    print(summary(json.loads(options.verdict.read_text())))
+    print(summary(*(json.loads(path.read_text()) for path in options.verdicts)))
     return 0
 
 

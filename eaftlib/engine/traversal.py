@@ -46,8 +46,8 @@ class Traversal:
         if weights.backend.training:
             values = TRAINING_VALUES[self.device.type] * (1 if weights.resident else STREAMED_TIMES)
             at_once = values // weights.checkpoint.config.hidden_size
+        at_once = min(at_once, weights.room.tokens or at_once)
         self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
-        self._keeps_graphs = weights.resident
         self.positions = torch.arange(self.seq_len, device=self.device)[None]
 
     def share(self) -> int:
@@ -110,7 +110,7 @@ class Traversal:
         graphs: dict[int, Graph] = {}  # of layers, where the wave is one micro-batch and there is room
 
         def keeps_graphs(rows: slice) -> bool:
-            if not self._keeps_graphs or rows != slice(0, len(wave)):
+            if not self.weights.room.for_graphs or rows != slice(0, len(wave)):
                 graphs.clear()
                 return False
             return True
@@ -121,12 +121,13 @@ class Traversal:
             def through_layer(rows: slice, index=index, layer=layer) -> None:
                 keep = keeps_graphs(rows)
                 with torch.no_grad():
-                    for v, other in enumerate(beside):
-                        others.store(v, rows, other.run(index, layer, others.fetch(v, rows), **inputs))
+                    taught = [other.run(index, layer, others.fetch(v, rows), **inputs) for v, other in enumerate(beside)]
                 hidden = _leaf(waiting[-2].fetch(0, rows))
                 with torch.set_grad_enabled(keep):
                     value = variant.run(index, layer, hidden, **inputs)
                 waiting[-1].store(0, rows, value.detach())
+                for v, made in enumerate(taught):  # last: where memory is short, all of this is done again
+                    others.store(v, rows, made)
                 if keep:
                     graphs[index] = Graph(hidden, value)
 
@@ -218,8 +219,9 @@ class Traversal:
             start = rows.stop
 
     def _retreat(self, error: torch.OutOfMemoryError) -> None:
-        if self._keeps_graphs and self.weights.backend.training:
-            self._keeps_graphs = False
+        room = self.weights.room  # also the next traversal's
+        if room.for_graphs and self.weights.backend.training:
+            room.for_graphs = False
             torch.cuda.empty_cache()
             warnings.warn(f"{self.device} ran out of memory: layers are computed again on the way back", stacklevel=2)
             return
@@ -229,6 +231,7 @@ class Traversal:
                 "sequences, raise max_gpu_memory, or free the memory other programs hold."
             ) from error
         self.batch //= 2
+        room.tokens = self.batch * self.seq_len
         for observer in self.observers:
             observer.shrink()
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,18 @@ from . import backend
 from .placement import Placement, free_bytes, take
 
 RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
+
+
+@dataclass
+class Room:
+    """What passes over the weights have found there is memory for, so that the next need not run out of it again.
+
+    tokens: at most so many at once; None: nothing was short yet. for_graphs: whether, in training, what all layers computed
+    can wait for its gradient.
+    """
+
+    for_graphs: bool
+    tokens: int | None = None
 
 
 class Weights:
@@ -37,6 +50,7 @@ class Weights:
         self.lm_head = checkpoint.tensor(head).to(self.device, self.precision.head)
         waits_on = self.device if self.resident else torch.device("cpu")
         self.embedding = checkpoint.tensor(self.family.embedding).to(waits_on, self.precision.residual)
+        self.room = Room(for_graphs=self.resident)
         self._kept: dict[int, nn.Module] = {}
 
     def layers(self, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
@@ -99,9 +113,10 @@ class Weights:
                 if following is not None:
                     coming = reader.submit(read, following)
                 yield layer
-                del layer
-                # Its memory may be written on the reader's stream next: nothing may be reading it any more.
+                # Once it is dropped the reader, which may be at work on the next one, takes its memory and writes there on
+                # a stream of its own: what was launched on this layer must have ended before, not only been launched.
                 torch.cuda.current_stream(self.device).synchronize()
+                del layer
 
 
 def decoded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

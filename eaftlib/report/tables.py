@@ -127,13 +127,16 @@ def csv(report: Report) -> str:
     return pd.DataFrame({c.name: [c.value(row) for row in report.rows] for c in VALUES}).to_csv(index=False)
 
 
-def summary(content: dict) -> str:
-    """verdict.json as text: by criterion and keep count the largest |dPPL| over primary lengths, passes starred.
+def summary(*contents: dict) -> str:
+    """One or more verdict.json as text: by criterion and keep count the largest |dPPL| over primary lengths, passes starred.
 
     Below them a line for each recovered model, which says what was trained: it is no point of a criterion's row.
     """
     models = [
-        model | {"label": label} for label, model in content["models"].items() if _largest_dppl(model) is not None
+        model | {"label": label}
+        for content in contents
+        for label, model in content["models"].items()
+        if _largest_dppl(model) is not None
     ]
     recovered = [m for m in models if m.get("recovered") and m["keep_n"]]  # earlier files do not have the key
     cells: dict[tuple[str, int], tuple[float, str]] = {}
@@ -153,11 +156,12 @@ def summary(content: dict) -> str:
 
     width = max([16, *(len(m["label"]) + 2 for m in recovered)])
     columns = [Column("", str, f"<{width}"), *(Column(f"keep {n}", cost(n), ">12") for n in counts)]
-    title = f"{content['gates']} against {content['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
+    first = contents[0]
+    title = f"{first['gates']} against {first['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
     lines = ["".join(format(c.name, c.format) for c in columns)]
     lines += ["".join(c.text(criterion) for c in columns) for criterion in criteria]
     lines += _recovered_lines(recovered, counts, width)
-    return "\n".join([title, *lines, "", content["headline"]])
+    return "\n".join([title, *lines, "", *(content["headline"] for content in contents)])
 
 
 def _largest_dppl(model: dict) -> float | None:
