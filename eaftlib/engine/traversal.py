@@ -121,7 +121,9 @@ class Traversal:
             def through_layer(rows: slice, index=index, layer=layer) -> None:
                 keep = keeps_graphs(rows)
                 with torch.no_grad():
-                    taught = [other.run(index, layer, others.fetch(v, rows), **inputs) for v, other in enumerate(beside)]
+                    taught = [
+                        other.run(index, layer, others.fetch(v, rows), **inputs) for v, other in enumerate(beside)
+                    ]
                 hidden = _leaf(waiting[-2].fetch(0, rows))
                 with torch.set_grad_enabled(keep):
                     value = variant.run(index, layer, hidden, **inputs)

@@ -157,7 +157,9 @@ def summary(*contents: dict) -> str:
     width = max([16, *(len(m["label"]) + 2 for m in recovered)])
     columns = [Column("", str, f"<{width}"), *(Column(f"keep {n}", cost(n), ">12") for n in counts)]
     first = contents[0]
-    title = f"{first['gates']} against {first['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
+    title = (
+        f"{first['gates']} against {first['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens)"
+    )
     lines = ["".join(format(c.name, c.format) for c in columns)]
     lines += ["".join(c.text(criterion) for c in columns) for criterion in criteria]
     lines += _recovered_lines(recovered, counts, width)
