@@ -42,7 +42,7 @@ def chain(tmp_path_factory):
     sweep = [
         {"label": "base"},
         {"label": "mass-24", **keep},
-        {"label": "random-16", **keep, "criterion": "random", "keep_n": 16},
+        {"label": "random-8", **keep, "criterion": "random", "keep_n": 8},
     ]
     done = {}
     criteria = {"criteria": ["reap_mass", "eaft_reap", "recon", "random"], "recon_tokens": 512}
@@ -52,6 +52,9 @@ def chain(tmp_path_factory):
     execute("03_evaluate", out, {"model": str(out / "pruned"), "label": "on-disk", **small})
     # started from notebooks/, as Jupyter does, paths still mean the repository's root
     report = {"results": [str(out / "evaluate")], "out_dir": str(out / "report")}
+    few = {"trained": ["routers", "norms"], "seq_len": 256, "num_blocks": 10, "held_out_blocks": 2, "batch_blocks": 2}
+    few |= {"steps": 2, "check_every": 1, "init": None, "out_dir": str(out / "recovered")}
+    done["recover"] = execute("05_recover", out, {**keep, "criterion": "recon", "keep_n": 16, **few})
     done["report"] = execute("04_report", out, report, cwd=ROOT / "notebooks")
     return out, done
 
@@ -60,7 +63,7 @@ def test_every_notebook_is_exactly_its_source():
     assert notebooks.stale(ROOT / "notebooks") == []
 
 
-@pytest.mark.parametrize("name", ["rank", "prune", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["rank", "prune", "evaluate", "report", "recover"])
 def test_an_executed_notebook_has_its_pictures_and_no_warning(chain, name):
     outputs = [o for cell in chain[1][name].cells if cell.cell_type == "code" for o in cell.outputs]
     pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
@@ -74,7 +77,7 @@ def test_the_chain_leaves_every_file_of_the_design(chain):
         "rank": {"ranking.json", "saliency.parquet", "trace.safetensors"},
         "report": {"report.html", "report.md", "results.csv", "verdict.json"},
         "evaluate": {
-            f"{m}{end}" for m in ("base", "mass-24", "random-16", "on-disk") for end in (".json", ".tokens.parquet")
+            f"{m}{end}" for m in ("base", "mass-24", "random-8", "on-disk") for end in (".json", ".tokens.parquet")
         },
     }
     for folder, files in expected.items():
@@ -96,7 +99,7 @@ def test_the_checkpoint_on_disk_scores_like_the_keep_set_it_was_cut_by(chain, se
 
 def test_pruning_the_trained_demo_model_at_random_at_least_doubles_its_perplexity(chain):
     base, pruned = (
-        results.read(chain[0] / "evaluate" / f"{m}.json").entries["UNION", 2048]["model"] for m in ("base", "random-16")
+        results.read(chain[0] / "evaluate" / f"{m}.json").entries["UNION", 2048]["model"] for m in ("base", "random-8")
     )
     assert pruned["ppl"] >= 2 * base["ppl"]
     assert base["cc_rate"] > 0
@@ -104,7 +107,7 @@ def test_pruning_the_trained_demo_model_at_random_at_least_doubles_its_perplexit
 
 def test_the_verdict_tells_the_models_apart(chain):
     verdict = json.loads((chain[0] / "report" / "verdict.json").read_text())
-    assert verdict["models"]["random-16"]["verdict"] == "FAIL"
+    assert verdict["models"]["random-8"]["verdict"] == "FAIL"
     assert verdict["models"]["mass-24"]["criterion"] == "reap_mass"
     # The checkpoint and the keep-set are one model: same checks to rounding.
     values = [
@@ -116,7 +119,18 @@ def test_the_verdict_tells_the_models_apart(chain):
 def test_the_summary_prints_the_verdict(chain):
     command = [sys.executable, "-m", "eaftlib", "summary", chain[0] / "report" / "verdict.json"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^random +\+\d+\.\d{3} *$", text, re.MULTILINE) and "keep 16" in text
+    assert re.search(r"^random +\+\d+\.\d{3} *$", text, re.MULTILINE) and "keep 8" in text
+
+
+def test_the_recovery_notebook_draws_one_curve_and_says_what_it_won(chain):
+    """The curve is drawn anew in its place at every look: one picture is left, of the last."""
+    code = [cell for cell in chain[1]["recover"].cells if cell.cell_type == "code"]
+    cell = next(cell for cell in code if "recover(" in cell.source and "import" not in cell.source)
+    assert sum("image/png" in o.get("data", {}) for o in cell.outputs) == 1
+    text = "".join(o.text for cell in code for o in cell.outputs if o.get("name") == "stdout")
+    assert re.search(r"perplexity of the text held back: \d\.\d+ pruned, \d\.\d+ recovered, \d\.\d+ whole", text)
+    manifest = json.loads((chain[0] / "recovered" / "prune_manifest.json").read_text())
+    assert manifest["recovered"]["trained"] == ["routers", "norms"] and manifest["num_experts_after"] == 16
 
 
 def test_an_unknown_parameter_stops_a_notebook_before_any_work(tmp_path):
@@ -131,9 +145,9 @@ def test_every_params_file_fits_its_notebook(path):
 
     from eaftlib import params
 
-    kind = next((k for k in ("rank", "prune", "report") if path.stem.startswith(k)), "eval")
-    model = {"rank": params.Rank, "prune": params.Prune, "eval": params.Evaluate, "report": params.Report}[kind]
-    name = {"rank": "01_rank", "prune": "02_prune", "eval": "03_evaluate", "report": "04_report"}[kind]
+    books = {"rank": "01_rank", "prune": "02_prune", "report": "04_report", "recover": "05_recover"}
+    name = next((book for kind, book in books.items() if path.stem.startswith(kind)), "03_evaluate")
+    model = params.NOTEBOOKS[name]
     cell = next(
         c
         for c in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells

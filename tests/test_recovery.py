@@ -1,6 +1,8 @@
 """Recovery: the loss is distillation's, what is trained is what is written, and a killed run ends as one that was not."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import world
 from safetensors import safe_open
+from test_ranks import environment
 from transformers import AutoModelForCausalLM
 
 from eaftlib.engine import forward, weights
@@ -347,3 +350,45 @@ def test_weights_read_while_scoring_can_be_trained_through(checkpoint, keep, tex
     forward.score(opened, text, progress=False)
     layer = dict(opened.layers())[0]
     assert not any(parameter.is_inference() for parameter in layer.parameters())
+
+
+PROGRAM = """
+import os, sys
+from eaftlib.engine import placement, traversal
+from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.keepsets import KeepSet
+from eaftlib.recovery.loop import Objective, Schedule
+from eaftlib.recovery.recover import recover
+from eaftlib.text.packs import PackSource, pack_blocks
+import numpy as np
+
+model, packs, out = sys.argv[1:]
+traversal.TRAINING_VALUES["cpu"] = 2 * 40 * 64  # two blocks at once: one rank has one micro-batch more
+checkpoint = Checkpoint(model)
+keep = KeepSet(np.tile(np.arange(4), (checkpoint.num_layers, 1)), checkpoint.num_experts, {"criterion": "first", "keep_n": 4})
+spans = checkpoint.family.completion_spans
+text = pack_blocks(PackSource(packs), "UNION", checkpoint.tokenizer, spans, seq_len=40, num_blocks=12)
+settings = {"trained": ["routers", "norms"], "attention_rank": None, "packs": packs, "pack_files": None}
+settings |= {"seq_len": 40, "num_blocks": 12, "held_out_blocks": 4}
+recover(checkpoint, keep, text, placement.place("cpu", "float32"), parts=["routers", "norms"], attention_rank=None,
+        held_out_blocks=4, schedule=Schedule(4, 5, 1e-3, 2, 9), objective=Objective(), settings=settings, out_dir=out)
+"""
+
+
+def test_ranks_share_the_blocks_of_a_step(model_folder, packs_folder, tmp_path):
+    """Five blocks a step in micro-batches of two; sums over ranks are rounded otherwise than one rank's."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", "2"]
+    for name, command in (("alone", []), ("together", launch)):
+        arguments = [program, model_folder, packs_folder, tmp_path / name]
+        subprocess.run([sys.executable, *command, *arguments], env=environment(), check=True, capture_output=True)
+    alone, together = (record(tmp_path / name)["curve"] for name in ("alone", "together"))
+    assert [look["step"] for look in alone] == [look["step"] for look in together] == [0, 2, 4]
+    for a, b in zip(alone, together, strict=True):
+        assert b["held_out_kl"] == pytest.approx(a["held_out_kl"], rel=1e-3)
+        assert (a["loss"] is None and b["loss"] is None) or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    assert alone[2]["held_out_kl"] < 0.99 * alone[0]["held_out_kl"]
+    a, b = tensors(tmp_path / "alone"), tensors(tmp_path / "together")
+    assert list(a) == list(b) and all(same(a[name], b[name]) for name in a if ".experts." in name)

@@ -1,5 +1,6 @@
 """Blocks through the layers and back: gradients are transformers' own, and layers are afterwards as they were."""
 
+import contextlib
 import weakref
 from dataclasses import replace
 
@@ -255,3 +256,31 @@ def test_weights_for_inference_are_not_trained_through(checkpoint, cpu, blocks):
     opened = Weights(checkpoint, cpu)
     with pytest.raises(ValueError, match=r"opened for inference.*training=True"):
         next(Traversal(opened, blocks, [Variant(opened)]).backward(loss_on(blocks, opened.lm_head)))
+
+
+def test_a_streamed_layer_is_let_go_only_when_nothing_launched_reads_it_any_more(monkeypatch):
+    """On a GPU the reader takes freed memory and writes there; what was launched on a layer may not have ended yet."""
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def synchronize(self):
+            pass
+
+    ended = []
+
+    class Current:
+        def synchronize(self):
+            ended.append(alive[-1]() is not None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    opened = Weights.__new__(Weights)
+    opened.device, opened._read, alive = torch.device("cpu"), lambda index: torch.nn.Linear(1, 1), []
+    for layer in opened._read_ahead([0, 1, 2]):
+        alive.append(weakref.ref(layer))
+        del layer
+    assert ended == [True, True, True] and not any(layer() for layer in alive)
