@@ -1,6 +1,7 @@
 """Blocks through the layers and back: gradients are transformers' own, and layers are afterwards as they were."""
 
 import contextlib
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -284,3 +285,49 @@ def test_a_streamed_layer_is_let_go_only_when_nothing_launched_reads_it_any_more
         alive.append(weakref.ref(layer))
         del layer
     assert ended == [True, True, True] and not any(layer() for layer in alive)
+
+
+@pytest.mark.parametrize("memory", ["enough", "short"])
+def test_a_model_beside_the_trained_one_is_what_it_is_alone(training, checkpoint, blocks, monkeypatch, memory):
+    """Where memory runs out in the trained model's layer, the other's has been through it and must not go again."""
+    alone, beside = [], []
+
+    class Final(Observer):
+        def collect(self, ids, hidden):
+            alone.append(hidden[0])
+
+    whole, pruned = Variant(training), Variant(training, keep_mask(4), small_parameters(checkpoint))
+    with torch.inference_mode():
+        for _ in Traversal(training, blocks, [whole], [Final()]).forward():
+            pass
+    run = Variant.run
+
+    def short(self, index, layer, hidden, **inputs):
+        if memory == "short" and self is pruned and index == 1 and len(hidden) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(self, index, layer, hidden, **inputs)
+
+    def loss(ids, hidden):
+        beside.append(hidden[0])
+        return loss_on(blocks, training.lm_head)(ids, hidden)
+
+    monkeypatch.setattr(Variant, "run", short)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in Traversal(training, blocks, [whole, pruned]).backward(loss):
+            pass
+    torch.testing.assert_close(torch.cat(beside), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert not any(hidden.requires_grad for hidden in beside)
+
+
+def test_training_holds_no_gradient_of_anything_but_what_is_trained(training, checkpoint, blocks):
+    """Above all of no expert matrix: their gradients would be as large as the decoded model."""
+    changed = {n: v for n, v in small_parameters(checkpoint).items() if "router" in n}
+    for _ in Traversal(training, blocks, [Variant(training, keep_mask(4), changed)]).backward(
+        loss_on(blocks, training.lm_head)
+    ):
+        pass
+    assert all(value.grad is not None for value in changed.values())
+    for _, layer in training.layers():
+        assert not any(p.requires_grad or p.grad is not None for p in layer.parameters())
+    assert training.lm_head.grad is None and not training.lm_head.requires_grad
