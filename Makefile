@@ -26,14 +26,15 @@ endef
 
 # Rank; sweep twelve keep-sets in one pass; recover half the experts; judge the result on many blocks. Meanwhile, in the
 # background, the whole model is scored on those blocks: each half of the processors.
+again = $(MAKE)# by another name, so that `make -n demo` only says what it would do
 demo: $(READY)
 	rm -rf $(addprefix $(DEMO)/,rank evaluate recovered-16* final report report-final)
 	mkdir -p $(DEMO)
 	@echo "In the background: the whole model on many blocks, log in $(DEMO)/final-base.log"
 	@export OMP_NUM_THREADS=`$(PY) -c "import os; print(max(1, os.cpu_count() // 2))"`; \
-	$(MAKE) evaluate PARAMS=params/demo/final-base.yaml > $(DEMO)/final-base.log 2>&1 & base=$$!; \
+	$(again) evaluate PARAMS=params/demo/final-base.yaml > $(DEMO)/final-base.log 2>&1 & base=$$!; \
 	trap "kill $$base 2> /dev/null" EXIT; \
-	$(MAKE) demo-candidates && { wait $$base || { cat $(DEMO)/final-base.log; exit 1; }; }
+	$(again) demo-candidates && { wait $$base || { cat $(DEMO)/final-base.log; exit 1; }; }
 	$(call execute,03_evaluate,params/demo/final-recovered-16.yaml)
 	$(call execute,04_report,params/demo/report-final.yaml)
 	@$(PY) -m eaftlib summary $(DEMO)/report/verdict.json $(DEMO)/report-final/verdict.json
