@@ -24,9 +24,9 @@ define execute
 	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)).ipynb -f $(2)
 endef
 
+again = $(MAKE)  # by another name: `make -n demo`, too, is to run nothing
 # Rank; sweep twelve keep-sets in one pass; recover half the experts; judge the result on many blocks. Meanwhile, in the
 # background, the whole model is scored on those blocks: each half of the processors.
-again = $(MAKE)# by another name, so that `make -n demo` only says what it would do
 demo: $(READY)
 	rm -rf $(addprefix $(DEMO)/,rank evaluate recovered-16* final report report-final)
 	mkdir -p $(DEMO)
