@@ -121,8 +121,8 @@ manifest = recover(
 about, record = manifest["recovered"], json.loads((training_folder(p.out_dir) / RECORD).read_text())
 first, best = record["curve"][0], next(look for look in record["curve"] if look["step"] == record["best_step"])
 print(
-    f"{about['parameters']:,} numbers trained, {about['parameters_share']:.1%} of the pruned model's, on {about['tokens']:,} tokens\n"
-    f"perplexity of the text held back: {first['held_out_ppl']:.3f} pruned, {best['held_out_ppl']:.3f} recovered, "
+    f"{about['parameters']:,} numbers trained, {about['parameters_share']:.1%} of the whole model's, on {about['tokens']:,} tokens\n"
+    f"perplexity of the text held back: {first['held_out_ppl']:.3f} at first, {best['held_out_ppl']:.3f} recovered, "
     f"{record['held_out_ppl_whole']:.3f} whole\nwrote {p.out_dir}"
 )
 

@@ -149,9 +149,9 @@ def recovery_curve(curve: Sequence[Look]) -> Picture:
         axes.annotate(
             f"{values[best]:.4g}", (tokens[best], values[best]), (0, 8), textcoords="offset points", fontsize=8
         )
+        axes.margins(x=0.08, y=0.15)
         axes.set(xlabel="million tokens trained on", ylabel=name)
         _tidy(axes)
-    right.set_yscale("log")
     return figure
 
 
