@@ -39,7 +39,7 @@ class Steps:
 
     def step(self) -> float:
         started = now()
-        self.recovery._step(self.count, self.optimizer, self.loss, lambda tokens: None)
+        self.recovery.step(self.count, self.optimizer, self.loss, lambda tokens: None)
         self.count += 1
         return now() - started
 

@@ -187,11 +187,11 @@ class Evaluate(Parameters):
         return self
 
     @property
-    def blocks_by_length(self) -> int | dict[int, int]:
-        """num_blocks, by sequence length where they differ."""
+    def blocks_by_length(self) -> int | dict[str, int]:
+        """num_blocks; by sequence length where a list says so, in the form that a result records."""
         if isinstance(self.num_blocks, int):
             return self.num_blocks
-        return dict(zip(self.seq_lens, self.num_blocks, strict=True))
+        return dict(zip(map(str, self.seq_lens), self.num_blocks, strict=True))
 
     @property
     def keep_sets(self) -> dict[str, dict[str, Any] | None]:

@@ -22,11 +22,12 @@ from eaftlib.kernels import token_statistics
 from eaftlib.kernels.distillation import distillation
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning import slicing
+from eaftlib.pruning.criteria import region_bounds
 from eaftlib.pruning.keepsets import KeepSet
 from eaftlib.recovery.loop import Objective, Schedule, hold_back
-from eaftlib.recovery.loss import Distillation, Regions, quantiles
+from eaftlib.recovery.loss import Distillation, Regions
 from eaftlib.recovery.recover import recover, training_folder
-from eaftlib.recovery.trained import PARTS, Trained
+from eaftlib.recovery.trained import Trained
 from eaftlib.text.packs import Blocks, pack_blocks
 
 EVERYTHING_SMALL = ["routers", "expert_biases", "norms", "attention"]
@@ -121,8 +122,8 @@ def test_loss_is_the_weighted_mean_over_all_logits(checkpoint, cpu, text, monkey
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_quantiles_by_hand():
-    assert quantiles(-np.log(np.arange(1, 6) / 10), np.arange(5.0), 0.25) == pytest.approx((0.2, 1.0))
+def test_bounds_of_regions_by_hand():
+    assert region_bounds(np.arange(1, 6) / 10, np.arange(5.0), 0.25) == pytest.approx((0.2, 1.0))
 
 
 # What is trained
@@ -132,7 +133,7 @@ def test_every_small_tensor_belongs_to_one_part_and_no_expert_matrix_to_any(chec
     parts = {name: checkpoint.family.part_of(name) for name in checkpoint.names}
     none = {name for name, part in parts.items() if part is None}
     assert none == {"model.embed_tokens.weight"} | {n for n in parts if n.endswith(("_blocks", "_scales"))}
-    assert set(parts.values()) == {*PARTS, None}
+    assert set(parts.values()) == {*EVERYTHING_SMALL, "lm_head", None}
     assert parts["model.norm.weight"] == parts["model.layers.0.post_attention_layernorm.weight"] == "norms"
     assert parts["model.layers.3.self_attn.sinks"] == "attention"
 
@@ -199,7 +200,8 @@ def test_a_row_that_reaches_into_the_held_out_blocks_is_not_scored_there():
     assert text.tokens.tolist() == tokens[:2].tolist() and held_out.tokens.tolist() == tokens[2:].tolist()
     assert held_out.kept.astype(int).tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert blocks.kept[2].tolist() == [False, True, True, True]
-    assert not hold_back(blocks, 2, 77)[1].kept.any()
+    with pytest.raises(ParameterError, match=r"held_out_blocks: found 2, .*Hold back more"):
+        hold_back(blocks, 2, 77)
 
 
 # The checkpoint
@@ -273,6 +275,16 @@ def test_streamed_layers_give_the_same_bytes(recovered, checkpoint, keep, text, 
     assert all(same(found[name], expected[name]) for name in expected)
 
 
+def test_a_prune_of_a_recovered_checkpoint_still_says_that_it_was_trained(recovered, tmp_path):
+    further = Checkpoint(str(recovered))
+    ids = np.tile(np.arange(2), (world.LAYERS, 1))
+    manifest = slicing.prune(
+        further, KeepSet(ids, 4, {"criterion": "first", "keep_n": 2}), tmp_path / "two", progress=False
+    )
+    assert manifest["recovered"] == json.loads((recovered / "prune_manifest.json").read_text())["recovered"]
+    assert manifest["num_experts_after"] == 2
+
+
 class Killed(BaseException):
     pass
 
@@ -338,6 +350,12 @@ def test_trained_tensors_alone_give_the_checkpoint_again(checkpoint, keep, text,
     first, again = (record(tmp_path / name)["recovered"] for name in ("first", "again"))
     assert first["init"] is None and again["init"]["text"] == first["text"]
     assert again["tokens"] == first["tokens"] == 480 and again["steps"] == 0
+    for damage, message in ((None, "does not exist"), (b"no tensors", "cannot be read")):
+        bad = tmp_path / f"{message}.safetensors"
+        if damage:
+            bad.write_bytes(damage)
+        with pytest.raises(ResultError, match=rf"init: .*{message}"):
+            run(checkpoint, keep, text, cpu, tmp_path / "bad", rank=rank, schedule=none, init=bad)
     with pytest.raises(ResultError, match="same keep-set"):
         run(checkpoint, slicing.keep_all(checkpoint), text, cpu, tmp_path / "all", schedule=none, init=file)
     with pytest.raises(ResultError, match="other parts were trained"):

@@ -27,7 +27,6 @@ TRAINED = ("router", "_bias", "norm", "self_attn")  # routers, expert biases, no
 def training(request, checkpoint, cpu, monkeypatch):
     """Weights to train with; streamed layers are read once on each way."""
     monkeypatch.setitem(traversal.TRAINING_VALUES, "cpu", 80 * world.HIDDEN)
-    monkeypatch.setattr(traversal, "STREAMED_TIMES", 1)
     if request.param == "streamed":
         monkeypatch.setattr(weights, "RESIDENT_SHARE", 0)
     return Weights(checkpoint, cpu, training=True)

@@ -19,7 +19,6 @@ from .weights import Weights
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Likewise on the way back, where what layers computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
 TRAINING_VALUES = {"cpu": 1 << 19, "cuda": 4096 * 2880}  # of hidden states at once
-STREAMED_TIMES = 2  # as many where layers are streamed: only one layer's computation waits
 DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
 HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
@@ -33,7 +32,7 @@ class Traversal:
     Where all decoded layers stay on the device, a wave is one micro-batch. Otherwise it is all blocks whose hidden
     states can wait, on the device or in host memory: each layer is read once per wave. Where several ranks run, each takes
     its share of the micro-batches, composed as they would be alone. Where memory runs out, a micro-batch is halved, with
-    a warning; ScoringError where one block alone is too much.
+    a warning (in training, what layers computed is let go first); ScoringError where one block alone is too much.
     """
 
     def __init__(
@@ -44,8 +43,7 @@ class Traversal:
         self.device, self.seq_len = weights.device, blocks.seq_len
         at_once = MICRO_BATCH_TOKENS[self.device.type]
         if weights.backend.training:
-            values = TRAINING_VALUES[self.device.type] * (1 if weights.resident else STREAMED_TIMES)
-            at_once = values // weights.checkpoint.config.hidden_size
+            at_once = TRAINING_VALUES[self.device.type] // weights.checkpoint.config.hidden_size
         at_once = min(at_once, weights.room.tokens or at_once)
         self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
         self.positions = torch.arange(self.seq_len, device=self.device)[None]

@@ -14,11 +14,10 @@ from ..engine import forward, ranks
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
-from ..errors import CheckpointError, ParameterError, ResultError
-from ..files import read_json
+from ..errors import ParameterError, ResultError
 from ..model.checkpoint import Checkpoint
 from ..pruning.keepsets import KeepSet
-from ..pruning.slicing import MANIFEST, checkpoint_sizes
+from ..pruning.slicing import checkpoint_sizes, read_manifest
 from ..text.packs import Blocks, PackSource, pack_blocks
 from . import results
 from .identity import Identity, Question
@@ -33,7 +32,7 @@ def evaluate(
     keep_sets: Mapping[str, KeepSet | None],
     *,
     seq_lens: Sequence[int],
-    num_blocks: int | Mapping[int, int],
+    num_blocks: int | Mapping[str, int],
     only: Sequence[str] | None = None,
     rows: str = "all",
     entropy_topk: int = 20,
@@ -43,7 +42,7 @@ def evaluate(
 ) -> list[Path]:
     """Score every keep-set (label -> KeepSet, or None for the whole model) and write one result per label.
 
-    num_blocks: of each sequence length, or by length. Every pack and sequence length is one pass over the weights that
+    num_blocks: of each sequence length, or by length, as text. Every pack and sequence length is one pass over the weights that
     serves all keep-sets. A pass that an earlier run of the very same has finished is not repeated. Returns the JSON paths.
     """
     out_dir = Path(out_dir)
@@ -59,8 +58,7 @@ def evaluate(
         for pack in packs
         for length in seq_lens
     ]
-    recorded = num_blocks if isinstance(num_blocks, int) else {str(k): n for k, n in sorted(num_blocks.items())}
-    settings = {"num_blocks": recorded, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
+    settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     settings |= {"gpu_name": _gpu_names(placement)}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
@@ -98,14 +96,14 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         return entries, tokens
     stored = results.read_tokens(results.tokens_path(path))
     for key, entry in old.entries.items():
-        expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], str(key[1])), meta["cc_quantile"])
+        expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], key[1]), meta["cc_quantile"])
         if expected and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
 
 
-def _at(num_blocks: int | Mapping, length: int | str) -> int:
-    return num_blocks if isinstance(num_blocks, int) else num_blocks[length]
+def _at(num_blocks: int | Mapping[str, int], length: int) -> int:
+    return num_blocks if isinstance(num_blocks, int) else num_blocks[str(length)]
 
 
 def _left(jobs: Sequence[Blocks], entries: dict[str, dict], progress: bool) -> dict[tuple[str, int], Blocks]:
@@ -182,7 +180,7 @@ def _meta(
     label: str,
     keep: KeepSet | None,
 ) -> dict:
-    manifest = _manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     return {
         "label": label,
         "model_id": checkpoint.model_id,
@@ -192,7 +190,7 @@ def _meta(
         "num_experts": checkpoint.num_experts,
         "top_k": checkpoint.top_k,
         "bytes_total": checkpoint_sizes(checkpoint, keep and keep.keep_n).total,
-        "keep_set": keep.chosen_by if keep else manifest["chosen_by"],
+        "keep_set": keep.chosen_by if keep else manifest.get("chosen_by"),
         "recovered": manifest.get("recovered"),
         "dataset_repo": source.source,
         "pack_files": source.pack_files,
@@ -211,9 +209,3 @@ def _gpu_names(placement: Placement) -> str | None:
     if placement.device.type == "cpu":
         return None
     return ", ".join(sorted(set(ranks.gather(torch.cuda.get_device_name(placement.device)))))
-
-
-def _manifest(checkpoint: Checkpoint) -> dict:
-    """What pruning left in a checkpoint: how its experts were chosen and, if it was trained since, how (``recovered``)."""
-    manifest = checkpoint.folder / MANIFEST
-    return read_json(manifest, CheckpointError, "prune again") if manifest.is_file() else {"chosen_by": None}

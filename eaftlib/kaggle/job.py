@@ -95,8 +95,7 @@ def _verify_ranking(path: Path, entry: Entry) -> None:
 def _verify_result(path: Path, entry: Entry) -> None:
     result, asked = results.read(path), entry.params
     expected = {name: asked[name] for name in ("rows", "entropy_topk", "cc_quantile")}
-    blocks = params.Evaluate.check(asked).blocks_by_length
-    expected["num_blocks"] = blocks if isinstance(blocks, int) else {str(k): n for k, n in sorted(blocks.items())}
+    expected["num_blocks"] = params.Evaluate.check(asked).blocks_by_length
     expected |= {"model_id": asked["model"], "dataset_repo": asked["packs"], "label": path.stem}
     expected |= {"code_sha256": entry.code_sha256}
     if asked["pack_files"] is not None:

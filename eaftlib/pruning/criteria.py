@@ -31,9 +31,14 @@ def token_weights(trace: Trace, cc_quantile: float, weights: RegionWeights) -> n
     p_lo and H_lo are the ``cc_quantile`` quantiles over the trace's tokens.
     """
     p, h = trace.probability, trace.entropy.astype(np.float64)
-    p_lo, h_lo = np.quantile(p, cc_quantile), np.quantile(h, cc_quantile)
+    p_lo, h_lo = region_bounds(p, h, cc_quantile)
     sure = h <= h_lo
     return np.where(~sure, weights.uncertain, np.where(p >= p_lo, weights.good, weights.conflict))
+
+
+def region_bounds(p: np.ndarray, h: np.ndarray, cc_quantile: float) -> tuple[float, float]:
+    """(p_lo, H_lo): exact quantiles over tokens of their probability and entropy, float64."""
+    return float(np.quantile(p, cc_quantile)), float(np.quantile(h, cc_quantile))
 
 
 def expert_sums(trace: Trace, token_weight: np.ndarray, align: str = "predictor") -> pa.Table:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from ..files import sha256, write_json
+from ..files import read_json, sha256, write_json
 from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
 from ..model.writer import New, Progress, Stored, TensorSource, write_shards
@@ -70,7 +70,7 @@ def prune(
     """Write the checkpoint with only the kept experts to ``out_dir`` and return its manifest.
 
     new: values of some of its tensors, of the whole shape, in place of the stored ones; the manifest says in
-    ``recovered`` where they are from.
+    ``recovered`` where they are from, and repeats it where a recovered checkpoint is pruned further.
 
     Everything goes to a temporary folder beside it that is renamed at the end. Raises CheckpointError when out_dir
     exists or the disk lacks the space; nothing is left behind then.
@@ -91,8 +91,8 @@ def prune(
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         manifest = _write(checkpoint, keep, new, temporary, sizes, progress)
-        if recovered is not None:
-            manifest["recovered"] = dict(recovered)
+        if (trained := recovered or read_manifest(checkpoint).get("recovered")) is not None:
+            manifest["recovered"] = dict(trained)
         write_json(temporary / MANIFEST, manifest)
         temporary.chmod(0o755)
         temporary.rename(out_dir)
@@ -102,6 +102,12 @@ def prune(
         if temporary.exists():
             shutil.rmtree(temporary)
     return manifest
+
+
+def read_manifest(checkpoint: Checkpoint) -> dict:
+    """What pruning left in a checkpoint: how its experts were chosen and, if it was trained since, how; else empty."""
+    manifest = checkpoint.folder / MANIFEST
+    return read_json(manifest, CheckpointError, "prune again") if manifest.is_file() else {}
 
 
 def _write(

@@ -14,11 +14,12 @@ from ..engine import forward, ranks
 from ..engine.traversal import Traversal
 from ..engine.variants import Variant
 from ..engine.weights import Weights
-from ..errors import ScoringError
+from ..errors import ParameterError, ScoringError
 from ..files import write_atomically
 from ..progress import progress_bar
+from ..pruning.criteria import region_bounds
 from ..text.packs import Blocks
-from .loss import Distillation, Regions, quantiles
+from .loss import Distillation, Regions
 from .trained import Trained
 
 WARM_UP = 0.05  # of the steps
@@ -153,9 +154,8 @@ class Recovery:
         if state.leaves:
             self.trained.set(state.leaves)
             _set_moments(optimizer, leaves, state.moments)
-        first = self._look(
-            0 if not state.curve else state.curve[-1].step, None, 0.0
-        )  # also: thresholds, the whole's PPL
+        # A run that goes on looks once more, too: for the whole model's perplexity and the bounds of its regions.
+        first = self._look(state.curve[-1].step if state.curve else 0, None, 0.0)
         if not state.curve:
             state.curve.append(first)
             state.best = _copies(leaves)
@@ -170,7 +170,7 @@ class Recovery:
             for step in range(start, schedule.steps):
                 if self._is_over(state):
                     break
-                losses.append(self._step(step, optimizer, distillation, advance))
+                losses.append(self.step(step, optimizer, distillation, advance))
                 if (step + 1) % schedule.check_every == 0 or step + 1 == schedule.steps:
                     seconds = before + ranks.largest(time.perf_counter() - started)
                     look = self._look(step + 1, float(np.mean(losses)), seconds)
@@ -186,7 +186,8 @@ class Recovery:
     def _is_over(self, state: State) -> bool:
         return state.curve[-1].step - state.best_look.step >= self.schedule.patience * self.schedule.check_every
 
-    def _step(self, step: int, optimizer: torch.optim.Optimizer, distillation: Distillation, advance) -> float:
+    def step(self, step: int, optimizer: torch.optim.Optimizer, distillation: Distillation, advance) -> float:
+        """Train on one step's blocks and return its loss; advance: called with the tokens that are done."""
         ids = self.schedule.blocks_of(step, len(self.text.tokens))
         blocks = replace(self.text, tokens=self.text.tokens[ids], kept=self.text.kept[ids])
         loss, part = torch.zeros((), device=self.weights.device), distillation.on(blocks)
@@ -206,7 +207,9 @@ class Recovery:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(value := loss.item()):
-            raise ScoringError(f"step {step}: the loss is {value}. Lower learning_rate, or run with dtype float32.")
+            raise ScoringError(
+                f"step {step}: the loss is {value}, expected a finite number. Lower learning_rate, or run with dtype float32."
+            )
         return value
 
     def _look(self, step: int, loss: float | None, seconds: float) -> Look:
@@ -231,9 +234,8 @@ class Recovery:
         o = self.objective
         if not o.by_region:
             return None
-        return Regions(
-            *quantiles(whole.nll, whole.entropy, o.cc_quantile), o.good, o.uncertain, o.conflict, o.entropy_topk
-        )
+        p, h = np.exp(-whole.nll.astype(np.float64)), whole.entropy.astype(np.float64)
+        return Regions(*region_bounds(p, h, o.cc_quantile), o.good, o.uncertain, o.conflict, o.entropy_topk)
 
 
 def add_up_gradients(leaves: list[torch.Tensor], loss: torch.Tensor) -> None:
@@ -249,10 +251,18 @@ def add_up_gradients(leaves: list[torch.Tensor], loss: torch.Tensor) -> None:
 
 
 def hold_back(blocks: Blocks, count: int, eos_token_id: int) -> tuple[Blocks, Blocks]:
-    """(all but the last ``count`` blocks, those): a row that reaches into the latter is not scored there."""
+    """(all but the last ``count`` blocks, those): a row that reaches into the latter is not scored there.
+
+    Raises ParameterError where that leaves no token to score.
+    """
     tokens, kept = blocks.tokens[-count:], blocks.kept[-count:].copy()
     ends = np.flatnonzero(tokens.ravel() == eos_token_id)
     kept.ravel()[: ends[0] + 1 if len(ends) else kept.size] = False
+    if not kept.any():
+        raise ParameterError(
+            f"held_out_blocks: found {count}, in which no assistant's token lies after the end of the first row, so that "
+            "there is nothing to judge the training by. Hold back more blocks."
+        )
     text = replace(blocks, tokens=blocks.tokens[:-count], kept=blocks.kept[:-count])
     return text, replace(blocks, tokens=tokens, kept=kept)
 
@@ -271,7 +281,4 @@ def _set_moments(
 ) -> None:
     for name, leaf in leaves.items():
         own = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
-        optimizer.state[leaf] = {
-            kind: value.to(leaf.device if kind != "step" or leaf.is_cuda else "cpu", copy=True)
-            for kind, value in own.items()
-        }
+        optimizer.state[leaf] = {kind: value.to(leaf.device, copy=True) for kind, value in own.items()}

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..engine.traversal import Loss
@@ -102,9 +101,3 @@ class _ThroughHead(torch.autograd.Function):
     def backward(ctx, arriving):
         of_hidden, of_head = ctx.saved_tensors
         return arriving * of_hidden, None if of_head is None else arriving * of_head, None
-
-
-def quantiles(nll: np.ndarray, entropy: np.ndarray, q: float) -> tuple[float, float]:
-    """(p_lo, h_lo) over tokens, exact."""
-    p, h = np.exp(-nll.astype(np.float64)), entropy.astype(np.float64)
-    return float(np.quantile(p, q)), float(np.quantile(h, q))

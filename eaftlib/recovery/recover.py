@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 
 from .. import project
 from ..engine import ranks
@@ -15,7 +16,7 @@ from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
 from ..errors import CheckpointError, ResultError
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, sha256, write_atomically, write_json
 from ..model.checkpoint import Checkpoint
 from ..pruning import slicing
 from ..pruning.keepsets import KeepSet
@@ -58,15 +59,14 @@ def recover(
     first rank after each look. A run that was killed goes on from its last look; one with other settings sets its state
     aside. Raises CheckpointError when out_dir exists and is not this run's.
     """
+    leaves, before = (None, None) if init is None else _read_tensors(Path(init), checkpoint, keep)
     identity = _identity(checkpoint, keep, blocks, placement, settings, init)
     if (found := _finished(Path(out_dir), identity)) is not None:
         return found
     folder, is_first = training_folder(out_dir), ranks.current()[0] == 0
     state = _state(folder / STATE, identity, announce=is_first)
     trained = Trained(checkpoint, parts, attention_rank, placement.device, schedule.seed)
-    before = None
-    if init is not None:
-        leaves, before = _read_tensors(Path(init), checkpoint, keep)
+    if leaves is not None:
         trained.set(leaves)
     text, held_out = hold_back(blocks, held_out_blocks, checkpoint.tokenizer.eos_token_id)
     weights = Weights(checkpoint, placement, training=True)
@@ -96,7 +96,7 @@ def _identity(
     """All that the tensors depend on."""
     return {
         "settings": dict(settings),
-        "init_sha256": init and hashlib.sha256(Path(init).read_bytes()).hexdigest(),
+        "init_sha256": init and sha256(Path(init)),
         "model_sha256": checkpoint.sha256,
         "keep_sha256": _sha256(keep.ids.tolist()),
         "input_sha256": blocks.input_sha256,
@@ -105,6 +105,7 @@ def _identity(
         "dtype": placement.precision.name,
         "ranks": ranks.current()[1],
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
 
@@ -186,17 +187,20 @@ def _write_tensors(path: Path, trained: Trained, checkpoint: Checkpoint, keep: K
 
 def _read_tensors(path: Path, checkpoint: Checkpoint, keep: KeepSet) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors, and what was trained on what to get them."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ResultError(f"init: {path} does not exist; give trained.safetensors of an earlier run, or None")
     expected = {"model_sha256": checkpoint.sha256, "keep_sha256": _sha256(keep.ids.tolist())}
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        for name, value in expected.items():
-            if metadata.get(name) != value:
-                raise ResultError(
-                    f"init: {path} was trained with {name} {str(metadata.get(name))[:12]}, this run has {value[:12]}: start "
-                    "from tensors of the same model and the same keep-set"
-                )
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["recovered"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ResultError(f"init: {path} cannot be read ({error}); copy or train it again") from error
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            raise ResultError(
+                f"init: {path} was trained with {name} {str(metadata.get(name))[:12]}, this run has {value[:12]}: start "
+                "from tensors of the same model and the same keep-set"
+            )
+    return tensors, json.loads(metadata["recovered"])

@@ -9,8 +9,6 @@ from ..engine.variants import Changed
 from ..errors import ParameterError, ResultError
 from ..model.checkpoint import Checkpoint
 
-PARTS = ("routers", "expert_biases", "norms", "attention", "lm_head")
-
 
 class Whole(Changed):
     """All of a tensor, as a float32 leaf. The model computes with it rounded to the stored type: writing loses nothing."""
@@ -46,7 +44,7 @@ class Trained:
     def __init__(
         self, checkpoint: Checkpoint, parts: Collection[str], rank: int | None, device: torch.device, seed: int = 0
     ):
-        """parts: some of PARTS. rank: of the update of the attention's matrices; None: they are trained whole.
+        """parts: as ``Family.part_of`` names them. rank: of the update of the attention's matrices; None: trained whole.
 
         Raises ParameterError for a part that the model does not have.
         """
@@ -55,7 +53,8 @@ class Trained:
         found = {name: checkpoint.family.part_of(name) for name in checkpoint.names}
         if lacking := [part for part in parts if part not in found.values()]:
             raise ParameterError(
-                f"trained: {checkpoint.model_id} has no {lacking[0]!r} of its own; it has {sorted({*found.values()} - {None})}"
+                f"trained: {checkpoint.model_id} has no {lacking[0]!r} of its own; it has "
+                f"{sorted({*found.values()} - {None})}. Leave it out."
             )
         for name, part in found.items():
             if part in parts:

@@ -271,7 +271,7 @@ def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -
         "Intervals: 95 %, paired bootstrap over blocks.",
         "JS2D: divergence of the (p, H) histograms. Its floor is what chance gives: the two models' values swapped at "
         "random, token by token. A value above the limit by no more than the floor decides nothing (UNDECIDED).",
-        "trained: share of the pruned model's parameters that training changed afterwards, to give the whole model's "
+        "trained: share of the whole model's parameters that training changed afterwards, to give the whole model's "
         "next-token distributions again; the expert matrices are not among them. '-': nothing was trained.",
         "KL and top-1: mean KL(baseline, candidate) over the full vocabulary, and share of equal arg-max, where both "
         "models ran in one pass.",
