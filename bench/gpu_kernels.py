@@ -92,7 +92,7 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     trace = measured.ExpertTrace.empty(1, tokens, 4, e, x.device)
     probe = measured.ExpertProbe(trace, 0, 0, torch.arange(tokens, device="cuda"))
 
-    fused = partial(measured.grouped, activate=expert_activation.activate, combine=expert_combination.combine)
+    fused = partial(measured.grouped, between=measured.Between.of(expert_activation, expert_combination))
     grouped = measured.measured(fused)
 
     def stock(implementation):

@@ -118,7 +118,8 @@ def test_experts_at_full_shape():
     x = normal(tokens, h, seed=3)
     ids = torch.rand(tokens, e - 3, device="cuda").topk(4).indices + 1  # experts 0, 30 and 31 get no token
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).bfloat16()
-    found = experts.grouped(module, x, ids, gates, True, expert_activation.activate, expert_combination.combine)
+    between = experts.Between.of(expert_activation, expert_combination)
+    found = experts.grouped(module, x, ids, gates, True, between)
     plain = experts.by_expert(module, x, ids, gates, True)
     outputs = torch.zeros(tokens, 4, h, device="cuda", dtype=torch.float64)
     for j in range(e):

@@ -83,12 +83,7 @@ def _fused(placement: Placement, config: PreTrainedConfig, training: bool) -> Ba
         modules[GptOssAttention] = attention.FusedAttention.of
     if products == torch.bfloat16:
         by = experts.GROUPED
-        between = experts.Between(
-            expert_activation.activate,
-            expert_activation.activate_backward,
-            expert_combination.combine,
-            expert_combination.combine_backward,
-        )
+        between = experts.Between.of(expert_activation, expert_combination)
         ExpertsInterface.register(by, experts.measured(partial(experts.grouped, between=between)))
     return Backend(
         name="fused",

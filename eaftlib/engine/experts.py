@@ -8,6 +8,7 @@ projections together, which keeps them in a CPU's cache, and has gradients.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,13 @@ class Between:
     activate_backward: Callable = expert_activation.activate_backward
     combine: Callable = expert_combination.combine
     combine_backward: Callable = expert_combination.combine_backward
+
+    @classmethod
+    def of(cls, activation: ModuleType, combination: ModuleType) -> "Between":
+        """From the modules ``expert_activation`` and ``expert_combination``, plain or fused."""
+        return cls(
+            activation.activate, activation.activate_backward, combination.combine, combination.combine_backward
+        )
 
 
 def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Between()):
