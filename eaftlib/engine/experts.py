@@ -96,9 +96,7 @@ class Between:
     @classmethod
     def of(cls, activation: ModuleType, combination: ModuleType) -> "Between":
         """From the modules ``expert_activation`` and ``expert_combination``, plain or fused."""
-        return cls(
-            activation.activate, activation.activate_backward, combination.combine, combination.combine_backward
-        )
+        return cls(activation.activate, activation.activate_backward, combination.combine, combination.combine_backward)
 
 
 def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Between()):
