@@ -12,7 +12,7 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from eaftlib.engine import experts, forward, traversal, weights
+from eaftlib.engine import experts, forward, journal, traversal, weights
 from eaftlib.engine import placement as devices
 from eaftlib.engine.attention import attention_with_sinks
 from eaftlib.engine.traversal import Traversal
@@ -24,6 +24,7 @@ from eaftlib.kernels.fused import expert_activation, expert_combination
 from eaftlib.kernels.fused import mxfp4 as fused_mxfp4
 from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.model.checkpoint import Checkpoint
+from eaftlib.pruning.trace import record
 from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
@@ -300,7 +301,6 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
     from eaftlib.pruning.criteria import expert_sums
     from eaftlib.pruning.keepsets import from_ranking
     from eaftlib.pruning.ranking import ranking_of, write_ranking
-    from eaftlib.pruning.trace import record
 
     source = PackSource(str(DEMO / "packs"))
     cpu = devices.place("cpu", "float32")
@@ -348,6 +348,30 @@ def test_the_plain_backend_can_be_forced_and_agrees(demo, demo_blocks, dtype):
         if dtype == "float32":
             np.testing.assert_allclose(a.nll, b.nll, rtol=1e-3, atol=1e-3)
         assert np.exp(a.nll.mean()) == pytest.approx(np.exp(b.nll.mean()), rel=0.001 if dtype == "float16" else 0.005)
+
+
+@pytest.mark.parametrize("share", [weights.RESIDENT_SHARE, 0.0], ids=["resident", "streamed"])
+def test_a_killed_ranking_goes_on_with_the_same_values(demo, demo_blocks, monkeypatch, tmp_path, share):
+    """What experts did is copied while the GPU computes on: a part that is written must have waited for it."""
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(weights, "RESIDENT_SHARE", share)
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cuda", 2 * 512)
+    monkeypatch.setattr(traversal, "WAVE_TOKENS", 4 * 512)
+    placement, add, parts = devices.place("cuda"), journal.Journal.add, []
+    whole, _ = record(demo, demo_blocks, placement, progress=False)
+
+    def killed(self, done, observers):
+        add(self, done, observers)
+        parts.append(done)
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record(demo, demo_blocks, placement, out_dir=tmp_path, progress=False)
+    found, _ = record(demo, demo_blocks, placement, out_dir=tmp_path, progress=False)
+    for name in ("nll", "entropy", "expert", "gate", "norm", "peak"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
 
 def gradients(demo, blocks, placement):
