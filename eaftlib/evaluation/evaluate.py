@@ -80,7 +80,7 @@ def evaluate(
         _set_aside([out_dir / f"{label}.json" for label in keep_sets if not entries[label]])
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
         for label, variant in zip(keep_sets, run.variants, strict=True):
-            tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
+            tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy, blocks.row[blocks.kept])
             entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
             # Written after every pass: what is done survives a crash in the next one.
             results.write(out_dir, label, metas[label], entries[label], tokens[label])
