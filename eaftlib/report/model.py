@@ -20,7 +20,9 @@ from .candidates import (
     next_steps,
     recovered,
 )  # fmt: skip
+from .conflicts import ConflictTexts
 from .notes import notes
+from .saliency import Saliency
 
 SCHEMA = "eaft-verdict/2"
 
@@ -108,6 +110,8 @@ class Report:
     notes: tuple[str, ...]
     curve: Curve | None
     landscapes: tuple[Landscape, ...]
+    saliencies: tuple[Saliency, ...]
+    conflicts: tuple[ConflictTexts, ...]
 
     @property
     def best(self) -> Candidate | None:
@@ -165,8 +169,17 @@ def _candidate_content(found: Candidate) -> dict:
     }
 
 
-def build(results: list[Result], baseline: str, gates: Gates) -> Report:
-    """Compare every result with the one labelled ``baseline``. Raises ResultError when it is not there or rows differ."""
+def build(
+    results: list[Result],
+    baseline: str,
+    gates: Gates,
+    saliencies: tuple[Saliency, ...] = (),
+    conflicts: tuple[ConflictTexts, ...] = (),
+) -> Report:
+    """Compare every result with the one labelled ``baseline``. Raises ResultError when it is not there or rows differ.
+
+    saliencies, conflicts: to be shown beside.
+    """
     by_label = {r.label: r for r in results}
     if baseline not in by_label:
         raise ResultError(f"baseline: no result is labelled {baseline!r}; there are {sorted(by_label)}")
@@ -189,6 +202,8 @@ def build(results: list[Result], baseline: str, gates: Gates) -> Report:
         notes=notes(found, base, gates, any(r.binned for r in rows if not r.is_baseline)),
         curve=_curve(rows, base, gates),
         landscapes=_landscapes(base, gates),
+        saliencies=saliencies,
+        conflicts=conflicts,
     )
 
 

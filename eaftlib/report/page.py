@@ -8,6 +8,7 @@ from .bars import SHAPES, bars
 from .candidates import blocks_text
 from .model import Report
 from .page_data import page_data
+from .page_figures import CURVES, page_figures
 from .tables import TRUST, rests_on, trust
 
 _JSON = {"allow_nan": False, "separators": (",", ":"), "sort_keys": False}
@@ -32,8 +33,8 @@ def html(report: Report) -> str:
         bars=bars,
         shapes=SHAPES,
         data=page_data(report),
-        curves={"keep_curve": "Perplexity added, by experts kept", "quality": "Perplexity added, by gigabytes"},
-        figures=_figures(),
+        curves=CURVES,
+        figures=page_figures(report),
         blocks_text=blocks_text,
         rests_on=rests_on,
         trust=trust(report),
@@ -54,32 +55,3 @@ def _plotly() -> str:
     """Plotly's own script, base64 of gzip: a third of its size, and unpacked only when a chart comes into view."""
     script = (resources.files("plotly") / "package_data" / "plotly.min.js").read_bytes()
     return base64.b64encode(gzip.compress(script, compresslevel=9, mtime=0)).decode()
-
-
-def _figures() -> dict:
-    axis = {"x": {"title": {"text": "p"}, "range": [0, 1]}, "y": {"title": {"text": "H"}, "range": [0, 1]}}
-    edges = {"x0": 0.5 / 160, "dx": 1 / 160, "y0": 0.5 / 120, "dy": 1 / 120}
-    margin = {"l": 50, "r": 10, "t": 10, "b": 45}
-    heat = {"type": "heatmap", **edges, "hovertemplate": "p %{x:.3f}, H %{y:.3f}: %{customdata} tokens<extra></extra>"}
-    landscape = {
-        "data": [heat | {"colorscale": "Viridis", "colorbar": {"thickness": 12}}],
-        "layout": {"xaxis": axis["x"], "yaxis": axis["y"], "margin": margin},
-    }
-    difference = {
-        "data": [heat | {"colorscale": "RdBu", "colorbar": {"thickness": 12}}],
-        "layout": {"xaxis": axis["x"], "yaxis": axis["y"], "margin": margin},
-    }
-    lines = [
-        {"type": "scatter", "line": {"shape": "hvh", "dash": dash, "color": c}}
-        for dash, c in (("solid", "#0072B2"), ("dash", "#D55E00"))
-    ]
-    marginal = {"data": lines, "layout": {"margin": margin, "legend": {"orientation": "h", "y": 1.1}}}
-    curve = {"data": [], "layout": {"margin": margin}}
-    return {
-        "landscape": landscape,
-        "difference": difference,
-        "marginal_p": marginal,
-        "marginal_h": marginal,
-        "keep_curve": curve,
-        "quality": curve,
-    }

@@ -9,6 +9,7 @@ import numpy as np
 from ..evaluation.compare import Comparison, Delta
 from .candidates import Candidate
 from .model import Report, Row
+from .saliency import Saliency
 
 SCHEMA = "eaft-page/1"
 
@@ -29,6 +30,7 @@ def page_data(report: Report) -> dict:
         "baseline": report.baseline,
         "shown": shown.label if shown else None,
         "models": [_model(label, candidates.get(label), report) for label in labels],
+        "saliencies": [_saliency(found) for found in report.saliencies],
         "rows": [_row(row) for row in sorted(report.rows, key=lambda r: labels.index(r.label))],
     }
 
@@ -93,6 +95,16 @@ def _comparison(found: Comparison) -> dict:
         "kl": found.kl_to_base,
         "top1": found.top1_agreement,
         "sample": found.sample and {"unit": found.sample.unit, "count": found.sample.count},
+    }
+
+
+def _saliency(found: Saliency) -> dict:
+    return {
+        "title": f"{found.criterion}, {found.source}",
+        "criterion": found.criterion,
+        "scores": [[None if x is None else float(f"{x:.5g}") for x in layer] for layer in found.scores],
+        "ranking": found.ranking,
+        "keep_sets": {str(count): ids for count, ids in found.keep_sets.items()},
     }
 
 

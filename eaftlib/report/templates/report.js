@@ -5,6 +5,7 @@
   const rows = new Map(data.rows.map((row) => [rowKey(row.model, row.pack, row.seq_len), row]));
   const packNames = distinct(data.rows.map((row) => row.pack), data.gates.primary_pack);
   const seqLens = [...new Set(data.rows.map((row) => row.seq_len))].sort((a, b) => a - b);
+  const models = new Map(data.models.map((model) => [model.label, model]));
   const DASH = "–";
 
   // ---------------------------------------------------------------- small helpers
@@ -68,6 +69,8 @@
     board: "",
     sort: "dppl",
     order: "ascending",
+    criterion: "0",
+    keep: String(models.get(data.shown)?.keep_n ?? 1),
     theme: "",
   };
   const allowed = {
@@ -79,6 +82,8 @@
     board: ["", ...packNames],
     sort: null, // filled where the columns are
     order: ["ascending", "descending"],
+    criterion: data.saliencies.map((_, index) => String(index)),
+    keep: Array.from({ length: data.saliencies[0]?.ranking[0].length ?? 0 }, (_, index) => String(index + 1)),
     theme: ["", "light", "dark"],
   };
   let state = { ...defaults };
@@ -180,14 +185,11 @@
     return Math.max(0, found);
   }
 
-  /** Shares of tokens by p (axis 0) or by H (axis 1). */
+  /** Counts by p (axis 0) or by H (axis 1). */
   function marginal(counts, [xbins, ybins], axis) {
-    const shares = new Array(axis === 0 ? xbins : ybins).fill(0);
-    const total = sum(counts);
-    counts.forEach((count, cell) => {
-      shares[axis === 0 ? Math.floor(cell / ybins) : cell % ybins] += count / total;
-    });
-    return shares;
+    const found = new Array(axis === 0 ? xbins : ybins).fill(0);
+    counts.forEach((count, cell) => (found[axis === 0 ? Math.floor(cell / ybins) : cell % ybins] += count));
+    return found;
   }
 
   // ---------------------------------------------------------------- two rows compared
@@ -357,7 +359,6 @@
   // ---------------------------------------------------------------- all models on all packs
 
   const verdictShapes = { PASS: "✓ ", FAIL: "✗ ", INCOMPLETE: "◌ " };
-  const models = new Map(data.models.map((model) => [model.label, model]));
 
   /** [key, head, of a row, format]; a format of null is text. */
   const COLUMNS = [
@@ -458,18 +459,17 @@
     return plotly;
   }
 
-  /** Name -> a figure as Plotly takes it, in this state; null where there is nothing to draw. */
-  const CHARTS = {
-    landscape_left: () => landscape(0),
-    landscape_right: () => landscape(1),
-    difference: landscapeDifference,
-    marginal_p: () => marginals("marginal_p", 0),
-    marginal_h: () => marginals("marginal_h", 1),
-  };
+  /** What puts the chosen values into a figure of that name; the others are drawn as they are. */
+  const FILLED = { landscapes, distributions, saliency };
 
-  /** The figure of the Python side, to be filled. */
-  function template(name) {
-    return structuredClone(figures[name]);
+  function isNarrow() {
+    return window.innerWidth < 760;
+  }
+
+  /** A copy of the figure as it was made, to be filled. */
+  function blank(name) {
+    const made = name === "landscapes" ? figures[name][state.scale] : figures[name];
+    return structuredClone(made[isNarrow() ? "narrow" : "wide"]);
   }
 
   /** Plotly reads markup in texts; a label has none. */
@@ -477,89 +477,110 @@
     return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   }
 
-  /** Counts by [H][p], as a heat map takes them, each through `value`. */
-  function grid(counts, [xbins, ybins], value) {
-    return Array.from({ length: ybins }, (_, y) => Array.from({ length: xbins }, (_, x) => value(counts[x * ybins + y])));
+  function centres(bins) {
+    return Array.from({ length: bins }, (_, bin) => (bin + 0.5) / bins);
   }
 
-  function shown(count) {
-    if (count === 0) return null;
-    return state.scale === "log" ? Math.log10(count) : count;
+  /** Cells as [H][p], as a heat map takes them, each through `value`. */
+  function grid(cells, [xbins, ybins], value) {
+    return Array.from({ length: ybins }, (_, y) => Array.from({ length: xbins }, (_, x) => value(cells[x * ybins + y])));
   }
 
-  async function landscape(side) {
-    const row = chosen()[side];
-    if (!row) return null;
-    const figure = template("landscape");
-    const both = await Promise.all(chosen().filter(Boolean).map(countsOf));
-    const counts = await countsOf(row);
-    const heat = figure.data[0];
-    heat.z = grid(counts, row.bins, shown);
-    heat.customdata = grid(counts, row.bins, (count) => count);
-    heat.zmin = 0;
-    heat.zmax = shown(Math.max(...both.map((other) => other.reduce((a, b) => Math.max(a, b), 1))));
-    if (state.scale === "log") Object.assign(heat.colorbar, { tickvals: [0, 1, 2, 3, 4, 5, 6], ticktext: ["1", "10", "100", "1k", "10k", "100k", "1M"] });
-    drawThresholds(figure.layout, row);
-    return { ...figure, caption: `${side ? "right" : "left"}: ${row.model}` };
+  function largest(values) {
+    return values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   }
 
-  /** The row's own thresholds as lines, and its shares of tokens in the four quadrants. */
-  function drawThresholds(layout, row) {
-    layout.shapes = [
-      { type: "line", xref: "x", yref: "paper", x0: row.p_thr, x1: row.p_thr, y0: 0, y1: 1, line: { width: 1.5, dash: "dash" } },
-      { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: row.h_thr, y1: row.h_thr, line: { width: 1.5, dash: "dash" } },
-    ];
-    const corners = { LL: [0, 0, "left", "bottom"], LH: [0, 1, "left", "top"], HL: [1, 0, "right", "bottom"], HH: [1, 1, "right", "top"] };
-    layout.annotations = Object.entries(row.quadrants ?? {}).map(([name, share]) => {
-      const [x, y, xanchor, yanchor] = corners[name];
-      return { text: percent(share, 2), x, y, xanchor, yanchor, xref: "paper", yref: "paper", showarrow: false, bgcolor: "PAGE", font: { size: 12 } };
+  /** Traces: left, right, right minus left. */
+  async function landscapes(figure) {
+    const pair = chosen();
+    const counts = await Promise.all(pair.map((row) => (row ? countsOf(row) : null)));
+    const log = state.scale === "log";
+    const drawn = (count) => (count === 0 ? null : log ? Math.log10(count) : count);
+    pair.forEach((row, side) => {
+      if (row) fillHeat(figure.data[side], row.bins, counts[side], drawn, (count) => count);
+      else emptyHeat(figure.data[side]);
+    });
+    const most = Math.max(1, ...counts.filter(Boolean).map(largest));
+    figure.layout.coloraxis.cmax = log ? Math.log10(most) || 1 : most;
+    const why = whyNot(...pair);
+    if (why) emptyHeat(figure.data[2]);
+    else landscapeDifference(figure, pair[0].bins, counts, log);
+    placeThresholds(figure.layout, pair);
+    const titles = [...pair.map((row, side) => (row ? row.model : `${[state.left, state.right][side]}: no result here`)), why || "right minus left"];
+    titles.forEach((title, panel) => (figure.layout.annotations[panel].text = plain(title)));
+    labelQuadrants(figure.layout, pair);
+  }
+
+  function fillHeat(heat, bins, cells, drawn, facts) {
+    Object.assign(heat, { x: centres(bins[0]), y: centres(bins[1]), z: grid(cells, bins, drawn), customdata: grid(cells, bins, facts) });
+  }
+
+  function emptyHeat(heat) {
+    Object.assign(heat, { x: [0, 1], y: [0, 1], z: [[null, null], [null, null]], customdata: [] });
+  }
+
+  /** In shares of tokens; with log linear up to figures.difference_unit and logarithmic beyond. */
+  function landscapeDifference(figure, bins, [left, right], log) {
+    const [totalLeft, totalRight] = [sum(left), sum(right)];
+    const change = left.map((count, cell) => (left[cell] + right[cell] === 0 ? NaN : right[cell] / totalRight - count / totalLeft));
+    const scaled = (share) => (log ? Math.asinh(share / figures.difference_unit) : share);
+    const drawn = (share) => (Number.isNaN(share) ? null : scaled(share));
+    fillHeat(figure.data[2], bins, change, drawn, (share) => (Number.isNaN(share) ? null : 100 * share));
+    const most = scaled(largest(change.filter((share) => !Number.isNaN(share)))) || 1;
+    Object.assign(figure.layout.coloraxis2, { cmin: -most, cmax: most });
+  }
+
+  /** Shapes: p then H of left, of right, and of both in the third panel. */
+  function placeThresholds(layout, [left, right]) {
+    [left, right, left, right].forEach((row, place) => {
+      const [vertical, horizontal] = layout.shapes.slice(2 * place, 2 * place + 2);
+      vertical.visible = horizontal.visible = Boolean(row);
+      if (!row) return;
+      vertical.x0 = vertical.x1 = row.p_thr;
+      horizontal.y0 = horizontal.y1 = row.h_thr;
     });
   }
 
-  async function landscapeDifference() {
-    const [left, right] = chosen();
-    const why = whyNot(left, right);
-    if (why) return { caption: `no difference: ${why}` };
-    const [a, b] = await Promise.all([countsOf(left), countsOf(right)]);
-    const figure = template("difference");
-    const heat = figure.data[0];
-    const change = a.map((count, cell) => b[cell] - count);
-    heat.z = grid(change, left.bins, (count) => (count ? Math.sign(count) * Math.abs(state.scale === "log" ? Math.log10(1 + Math.abs(count)) : count) : null));
-    heat.customdata = grid(change, left.bins, (count) => count);
-    const most = Math.max(...change.map(Math.abs));
-    heat.zmax = state.scale === "log" ? Math.log10(1 + most) : most;
-    heat.zmin = -heat.zmax;
-    return { ...figure, caption: "tokens, right minus left" };
+  /** Annotations after the three titles: four of left, four of right. */
+  function labelQuadrants(layout, pair) {
+    pair.forEach((row, side) => {
+      ["LL", "LH", "HL", "HH"].forEach((name, corner) => {
+        const label = layout.annotations[3 + 4 * side + corner];
+        label.visible = Boolean(row?.quadrants);
+        if (row?.quadrants) label.text = percent(row.quadrants[name], 2);
+      });
+    });
   }
 
-  async function marginals(name, axis) {
-    const found = chosen().filter(Boolean);
-    if (!found.length) return null;
-    const figure = template(name);
-    figure.data = await Promise.all(
-      chosen().map(async (row, side) => {
-        const trace = figure.data[side];
-        if (!row) return { ...trace, x: [], y: [] };
-        const shares = marginal(await countsOf(row), row.bins, axis);
-        return { ...trace, x: shares.map((_, bin) => (bin + 0.5) / shares.length), y: shares, name: plain(`${side ? "right" : "left"}: ${row.model}`) };
-      }),
-    );
-    figure.layout.yaxis = { ...figure.layout.yaxis, type: state.scale === "log" ? "log" : "linear" };
-    return figure;
-  }
-
-  /** Colours of the page in a figure, which is drawn for light and dark. */
-  function themed(layout) {
-    const style = getComputedStyle(document.body);
-    const [ink, page] = [style.color, style.backgroundColor];
-    const faint = getComputedStyle(document.querySelector(".card, .scroll")).borderTopColor;
-    const made = { ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { ...layout.font, color: ink } };
-    for (const name of Object.keys(made).filter((key) => /^[xy]axis\d*$/.test(key))) {
-      made[name] = { ...made[name], gridcolor: faint, zerolinecolor: faint, linecolor: faint, automargin: true };
+  /** Traces: p of left, p of right, H of left, H of right. */
+  async function distributions(figure) {
+    const pair = chosen();
+    for (const [i, trace] of figure.data.entries()) {
+      const [row, axis] = [pair[i % 2], Math.floor(i / 2)];
+      const name = plain(`${i % 2 ? "right" : "left"}: ${[state.left, state.right][i % 2]}`);
+      Object.assign(trace, { name, legendgroup: name }, row ? bars(await countsOf(row), row.bins, axis) : { x: [], y: [], customdata: [] });
     }
-    made.shapes = (made.shapes ?? []).map((shape) => ({ ...shape, line: { color: ink, ...shape.line } }));
-    made.annotations = (made.annotations ?? []).map((note) => ({ ...note, bgcolor: note.bgcolor === "PAGE" ? page : note.bgcolor }));
-    return made;
+  }
+
+  function bars(counts, bins, axis) {
+    const found = marginal(counts, bins, axis);
+    const total = sum(found);
+    const width = found.map(() => 1 / found.length);
+    return { x: centres(found.length), y: found.map((count) => count / total || null), width, customdata: found };
+  }
+
+  /** Traces: experts by id, shades of their share of a layer's scores; marks on those that stay. */
+  async function saliency(figure) {
+    const found = data.saliencies[Number(state.criterion)];
+    const [heat, marks] = figure.data;
+    heat.z = found.scores.map((layer) => {
+      const total = sum(layer.map((score) => Math.max(0, score ?? 0)));
+      return layer.map((score) => (score > 0 ? Math.log10(score / total) : null));
+    });
+    heat.customdata = found.scores.map((layer) => layer.map((score, expert) => [expert, score]));
+    heat.hovertemplate = `layer %{y}, expert %{customdata[0]}<br>${plain(found.criterion)} %{customdata[1]:.5g}`;
+    const kept = found.keep_sets[state.keep] ?? found.ranking.map((layer) => layer.slice(0, Number(state.keep)));
+    Object.assign(marks, { x: kept.flat(), y: kept.flatMap((layer, index) => layer.map(() => index)), name: `kept, ${state.keep} a layer` });
   }
 
   const seen = new Set();
@@ -575,13 +596,14 @@
 
   async function draw(box) {
     const wanted = state;
-    const made = CHARTS[box.dataset.chart] ? await CHARTS[box.dataset.chart]() : template(box.dataset.chart);
+    const name = box.dataset.chart;
+    const figure = blank(name);
+    await FILLED[name]?.(figure);
     const library = await loadPlotly();
     if (wanted !== state) return; // another view was chosen meanwhile, and draws itself
     const plot = box.querySelector(".plot");
-    if (made?.caption) box.querySelector("figcaption").textContent = made.caption;
-    if (made?.data) await library.react(plot, made.data, themed(made.layout), { displayModeBar: false, responsive: true });
-    else library.purge(plot);
+    figure.layout.template = figures.templates[isDark() ? "dark" : "light"];
+    await library.react(plot, figure.data, figure.layout, { displayModeBar: false, responsive: true });
     plot.setAttribute("role", "img");
     plot.setAttribute("aria-label", box.querySelector("figcaption").textContent);
     box.dataset.drawn = JSON.stringify(wanted);
@@ -589,6 +611,7 @@
 
   function renderCharts() {
     for (const box of document.querySelectorAll("[data-chart]")) {
+      box.querySelector(".plot").style.minHeight = `${blank(box.dataset.chart).layout.height}px`; // nothing moves when it is drawn
       if (seen.has(box)) draw(box);
       else observer.observe(box);
     }
@@ -613,7 +636,8 @@
     fillSelect(byId("pack"), packNames);
     fillSelect(byId("seq"), seqLens, (length) => whole(Number(length)));
     fillSelect(byId("board-pack"), ["", ...packNames], (pack) => pack || "all packs");
-    for (const [id, name] of Object.entries(CONTROLS)) byId(id).addEventListener("change", (event) => change({ [name]: event.target.value }));
+    if (byId("criterion")) fillSelect(byId("criterion"), allowed.criterion, (index) => data.saliencies[Number(index)].title);
+    for (const [id, name] of controls()) byId(id).addEventListener("change", (event) => change({ [name]: event.target.value }));
     byId("choice").addEventListener("submit", (event) => event.preventDefault());
     byId("swap").addEventListener("click", () => change({ left: state.right, right: state.left }));
     byId("download").addEventListener("click", download);
@@ -624,14 +648,19 @@
     });
   }
 
-  const CONTROLS = { left: "left", right: "right", pack: "pack", seq: "seq", scale: "scale", "board-pack": "board" };
+  /** [id of a control, what of the state it sets], of the controls that this page has. */
+  function controls() {
+    const ids = { left: "left", right: "right", pack: "pack", seq: "seq", scale: "scale", "board-pack": "board", criterion: "criterion", keep: "keep" };
+    return Object.entries(ids).filter(([id]) => byId(id));
+  }
 
   function isDark() {
     return state.theme ? state.theme === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
   }
 
   function renderControls() {
-    for (const [id, name] of Object.entries(CONTROLS)) byId(id).value = state[name];
+    for (const [id, name] of controls()) byId(id).value = state[name];
+    if (byId("kept")) byId("kept").textContent = state.keep;
     if (state.theme) document.documentElement.dataset.theme = state.theme;
     else delete document.documentElement.dataset.theme;
     byId("theme").textContent = isDark() ? "Light" : "Dark";
@@ -646,7 +675,7 @@
 
   fillControls();
   window.addEventListener("hashchange", readFragment);
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
+  for (const query of ["(prefers-color-scheme: dark)", "(max-width: 759px)"]) window.matchMedia(query).addEventListener("change", render);
   readFragment();
   if (window.location.hash && !window.location.hash.includes("=")) render();
 })();
