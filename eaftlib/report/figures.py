@@ -11,23 +11,13 @@ from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from .colors import BLUE, GOOD, GREY, RECOVERED, VERMILLION, Style, of_criterion
 from .model import Curve, Row
 
 if TYPE_CHECKING:  # loads the engine
     from ..recovery.loop import Look
 
-COLORS = {
-    "eaft_reap": "#c0392b",
-    "reap_mass": "#2471a3",
-    "reap": "#8e44ad",
-    "recon": "#1e8449",
-    "ean": "#16a085",
-    "frequency": "#d68910",
-    "gate_mass": "#7f8c8d",
-    "random": "#95a5a6",
-}
-_RECOVERED_COLOR = "#e6b800"
-_OTHER_COLORS = ("#2c3e50", "#27ae60", "#b9770e", "#5b2c6f", "#1a5276")
+_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 class Picture(Figure):
@@ -46,12 +36,6 @@ class Picture(Figure):
             self.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         return text[text.index("<svg") :]
-
-
-def color_of(criterion: str | None) -> str:
-    if criterion in COLORS:
-        return COLORS[criterion]
-    return _OTHER_COLORS[sum(map(ord, criterion or "")) % len(_OTHER_COLORS)]
 
 
 def saliency_map(scores: np.ndarray, criterion: str, keep: int | None = None) -> Picture:
@@ -78,7 +62,8 @@ def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
         ordered = np.sort(np.clip(np.nan_to_num(values), 0, None), axis=1)[:, ::-1]
         share = np.cumsum(ordered, axis=1) / ordered.sum(1, keepdims=True)
         k = np.arange(1, values.shape[1] + 1)
-        axes.plot(k, share.mean(0), label=name, color=color_of(name), linewidth=1.8)
+        style = of_criterion(name)
+        axes.plot(k, share.mean(0), _DASHES[style.dash], label=name, color=style.color, linewidth=1.8)
     axes.plot([0, k[-1]], [0, 1], color="#bbb", linewidth=1, linestyle=":")
     axes.set(xlabel="experts kept per layer, best first", ylabel="share of the mass", xlim=(0, k[-1]), ylim=(0, 1.01))
     axes.legend(frameon=False, fontsize=9)
@@ -93,7 +78,7 @@ def reconstruction_loss(losses: dict[str, list[float]]) -> Picture:
     for layer, (line, color) in enumerate(zip(lines, colors, strict=True)):
         ends = layer in (0, len(lines) - 1)
         axes.plot(counts, line, color=color, linewidth=1.2, label=f"layer {layer}" if ends else None)
-    axes.plot(counts, lines.mean(0), color="#c0392b", linewidth=2.2, label="mean")
+    axes.plot(counts, lines.mean(0), color=VERMILLION, linewidth=2.2, label="mean")
     axes.set(xlabel="experts kept per layer", ylabel="squared error, share of the experts' output", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -144,8 +129,8 @@ def recovery_curve(curve: Sequence[Look]) -> Picture:
         (left, [look.held_out_ppl for look in curve], "perplexity, held back"),
         (right, [look.held_out_kl for look in curve], "KL to the whole model, held back"),
     ):
-        axes.plot(tokens, values, marker="o", markersize=4, linewidth=1.6, color="#2471a3")
-        axes.plot(tokens[best], values[best], marker="*", markersize=12, color="#c0392b")
+        axes.plot(tokens, values, marker="o", markersize=4, linewidth=1.6, color=BLUE)
+        axes.plot(tokens[best], values[best], marker="*", markersize=12, color=VERMILLION)
         axes.annotate(
             f"{values[best]:.4g}", (tokens[best], values[best]), (0, 8), textcoords="offset points", fontsize=8
         )
@@ -160,8 +145,8 @@ def sizes(before: dict[str, int], after: dict[str, int]) -> Picture:
     figure, axes = _panel(7, 1.9)
     for y, part in enumerate((after, before)):
         rest = part["total"] - part["experts"]
-        axes.barh(y, part["experts"] / 1e6, color="#2471a3", label="experts" if y else None)
-        axes.barh(y, rest / 1e6, left=part["experts"] / 1e6, color="#aab7b8", label="the rest" if y else None)
+        axes.barh(y, part["experts"] / 1e6, color=BLUE, label="experts" if y else None)
+        axes.barh(y, rest / 1e6, left=part["experts"] / 1e6, color=GREY, label="the rest" if y else None)
         axes.text(part["total"] / 1e6, y, f"  {part['total'] / 1e6:,.2f} MB", va="center", fontsize=9)
     axes.set_yticks([0, 1], ["after", "before"])
     axes.set(xlabel="MB", xlim=(0, before["total"] / 1e6 * 1.2))
@@ -176,14 +161,14 @@ def landscape(model: dict, title: str) -> Picture:
     counts = np.asarray(hist["counts"], float).reshape(hist["xbins"], hist["ybins"])
     masked = np.ma.masked_equal(counts.T, 0)
     image = axes.pcolormesh(hist["x_edges"], hist["y_edges"], masked, norm=LogNorm(1), cmap="viridis", rasterized=True)
-    axes.axvline(model["p_thr"], color="#c0392b", linewidth=1.2)
-    axes.axhline(model["h_thr"], color="#c0392b", linewidth=1.2)
+    axes.axvline(model["p_thr"], color=VERMILLION, linewidth=1.2)
+    axes.axhline(model["h_thr"], color=VERMILLION, linewidth=1.2)
     axes.annotate(
         f"confident conflicts {model['cc_rate']:.3%}",
         (0.02, 0.02),
         xycoords="axes fraction",
         fontsize=8,
-        color="#c0392b",
+        color=VERMILLION,
     )
     axes.set(xlabel="p, probability of the token that came", ylabel="H, top-K entropy", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(title, fontsize=10)
@@ -205,18 +190,18 @@ def keep_curve(curve: Curve) -> Picture:
         untrained = [r for r in part if not r.recovered]
         for criterion in sorted({r.criterion for r in untrained}):
             line = sorted((r for r in untrained if r.criterion == criterion), key=lambda r: r.keep_n)
-            _curve_line(axes, line, color_of(criterion), curve.num_experts)
+            _curve_line(axes, line, of_criterion(criterion), curve.num_experts)
         if stars:
             _recovered_stars(axes, [r for r in part if r.recovered])
-        axes.axhspan(-limit, limit, color="#27ae60", alpha=0.15, linewidth=0)
-        axes.axhline(limit, color="#27ae60", linewidth=1.2)
+        axes.axhspan(-limit, limit, color=GOOD, alpha=0.15, linewidth=0)
+        axes.axhline(limit, color=GOOD, linewidth=1.2)
         axes.annotate(
             f"gate {limit:.3f}",
             (0.02, limit),
             xycoords=("axes fraction", "data"),
             fontsize=8,
             va="bottom",
-            color="#1e8449",
+            color=GOOD,
         )
         axes.set_yscale("symlog", linthresh=limit, linscale=0.8)
         axes.set(xlabel=f"experts kept of {curve.num_experts}", title=f"{seq_len} tokens", ylim=(bottom, None))
@@ -227,18 +212,20 @@ def keep_curve(curve: Curve) -> Picture:
     return figure
 
 
-def _curve_line(axes, rows: list[Row], color: str, num_experts: int) -> None:
+def _curve_line(axes, rows: list[Row], style: Style, num_experts: int) -> None:
     """Rows of one criterion, fewest experts first, and their intervals; the line ends at the whole model's zero."""
     x, y = [r.keep_n for r in rows] + [num_experts], [r.comparison.ppl.value for r in rows] + [0.0]
-    axes.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=color, label=rows[0].criterion)
-    _intervals(axes, rows, color)
+    axes.plot(
+        x, y, _DASHES[style.dash], marker="o", markersize=4, linewidth=1.6, color=style.color, label=rows[0].criterion
+    )
+    _intervals(axes, rows, style.color)
 
 
 def _recovered_stars(axes, rows: list[Row]) -> None:
     """Recovered models and their intervals; their series stands in the legend of every panel, where it may be empty."""
     x, y = [r.keep_n for r in rows], [r.comparison.ppl.value for r in rows]
     axes.plot(
-        x, y, marker="*", markersize=13, linestyle="none", color=_RECOVERED_COLOR, markeredgecolor="black",
+        x, y, marker="*", markersize=13, linestyle="none", color=RECOVERED, markeredgecolor="black",
         markeredgewidth=0.7, zorder=3, label="recovered",
     )  # fmt: skip
     _intervals(axes, rows, "black")
