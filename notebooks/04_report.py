@@ -27,7 +27,9 @@ results = ["outputs/by-hand/evaluate"]  # result files or folders
 baseline = "base"  # label of the unpruned model's result
 gates = "params/gates/near-lossless-v1.json"
 rankings = None  # ranking.json files or their folders, shown expert by expert; None: none
-conflict_texts = False  # show the text of the worst new conflicts: needs model and packs, and puts their text into the page
+conflict_texts = (
+    False  # show the text of the worst new conflicts: needs model and packs, and puts their text into the page
+)
 out_dir = "outputs/by-hand/report"
 
 # %%

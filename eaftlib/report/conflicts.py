@@ -57,7 +57,9 @@ def worst_conflicts(results: list[Result], baseline: str, gates: Gates) -> tuple
         raise ResultError(f"baseline: no result is labelled {baseline!r}; there are {[r.label for r in results]}")
     lengths = [n for pack, n in base.entries if pack == gates.primary_pack]
     if not lengths:
-        raise ResultError(f"conflict_texts: {base.path} has no pack {gates.primary_pack}; it has {sorted(base.entries)}")
+        raise ResultError(
+            f"conflict_texts: {base.path} has no pack {gates.primary_pack}; it has {sorted(base.entries)}"
+        )
     key = gates.primary_pack, max(lengths)
     base_tokens = base.tokens(*key)
     if base_tokens is None:

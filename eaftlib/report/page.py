@@ -8,7 +8,7 @@ from .bars import SHAPES, bars
 from .candidates import blocks_text
 from .model import Report
 from .page_data import page_data
-from .page_figures import CURVES, page_figures
+from .page_figures import curve_captions, page_figures
 from .tables import TRUST, rests_on, trust
 
 _JSON = {"allow_nan": False, "separators": (",", ":"), "sort_keys": False}
@@ -33,7 +33,7 @@ def html(report: Report) -> str:
         bars=bars,
         shapes=SHAPES,
         data=page_data(report),
-        curves=CURVES,
+        curves=curve_captions(report),
         figures=page_figures(report),
         blocks_text=blocks_text,
         rests_on=rests_on,

@@ -3,12 +3,8 @@
 import json
 
 from . import charts
-from .model import Report, Row
+from .model import Report
 
-CURVES = {
-    "keep_curve": "Perplexity added, by experts kept",
-    "quality": "Perplexity added, by the size of the checkpoint",
-}
 # One token: a figure of every part that a real entry has.
 _EDGES = [0.0, 1.0]
 _ENTRY = {
@@ -38,6 +34,16 @@ def page_figures(report: Report) -> dict:
         found["saliency"] = _both(charts.saliency(*_first_ranking(report), best_first=False))
     templates = {name: charts.template(dark=name == "dark") for name in ("light", "dark")}
     return _plain(found) | {"templates": _plain(templates), "difference_unit": charts.DIFFERENCE_UNIT}
+
+
+def curve_captions(report: Report) -> dict[str, str]:
+    """Of the charts that show all candidates at once, by name."""
+    if not report.curve:
+        return {}
+    return {
+        "keep_curve": "Perplexity added, by experts kept, with 90 % intervals; shaded: within the gate",
+        "quality": f"Perplexity added, by the size of the checkpoint, at {max(report.curve.limits):,} tokens",
+    }
 
 
 _WIDTHS = (("wide", False), ("narrow", True))

@@ -339,7 +339,7 @@
     }
     if (wanted !== state) return; // another pair was chosen meanwhile
     byId("cards").replaceChildren(...cards.map(card));
-    const heads = ["", `left: ${state.left}`, `right: ${state.right}`, "right minus left"];
+    const heads = ["number", `left: ${state.left}`, `right: ${state.right}`, "right minus left"];
     fillTable(byId("breakdown"), heads, NUMBERS.map((number) => numberCells(number, left, right)));
     fillTable(byId("packs"), ["pack", "length", "PPL left", "PPL right", "dPPL", "dCC", "d mean p", "JS2D", "why not"], lines);
     document.documentElement.dataset.pair = JSON.stringify([state.left, state.right, state.pack, state.seq]);
@@ -351,7 +351,7 @@
 
   /** Cells of text; the first of each line names it. */
   function fillTable(table, heads, lines) {
-    const head = element("tr", {}, ...heads.map((text, i) => (text ? element("th", { scope: "col", class: i ? "number" : null }, text) : element("td"))));
+    const head = element("tr", {}, ...heads.map((text, i) => element("th", { scope: "col", class: i ? "number" : null }, text)));
     const body = lines.map((cells) => element("tr", {}, ...cells.map((text, i) => (i ? element("td", { class: "number" }, text) : element("th", { scope: "row" }, text)))));
     table.replaceChildren(element("thead", {}, head), element("tbody", {}, ...body));
   }
