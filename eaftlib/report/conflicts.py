@@ -111,8 +111,8 @@ def _require_same(blocks: Blocks, base: Result, meta: Mapping) -> None:
     for name, now in (("rows_sha256", blocks.rows_sha256), ("input_sha256", blocks.input_sha256)):
         if entry.get(name) not in (None, now):
             raise ResultError(
-                f"conflict_texts: {blocks.pack} of {meta['dataset_repo']} is not what {base.path} was scored on: {name} is {now}, "
-                f"expected {entry[name]}. Put the packs and the tokenizer of that evaluation back, or evaluate again."
+                f"conflict_texts: {blocks.pack} of {meta['dataset_repo']} is not what {base.path} was scored on: {name} is "
+                f"{now}, expected {entry[name]}. Put the packs and the tokenizer of that evaluation back, or evaluate again."
             )
 
 

@@ -18,7 +18,7 @@ _ENTRY = {
 
 
 def page_figures(report: Report) -> dict:
-    """By name, each as ``wide`` and ``narrow``; those of two models as ``log`` and ``plain`` below. templates: light and dark."""
+    """By name, each as ``wide`` and ``narrow``; landscapes as ``log`` and ``plain`` above that. templates: light and dark."""
     pair = (_ENTRY, _ENTRY, ("left", "right"))
     found = {
         "landscapes": {

@@ -215,7 +215,7 @@ def escaped(text: str) -> str:
     """Text in Markdown that stays text: on one line, its markup harmless. Underscores within words need nothing."""
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"([\\`*\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
-    return re.sub(r"&(?=[#A-Za-z])", "&amp;", re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=[#A-Za-z])", "&amp;", text))
 
 
 def _markdown_table(columns: list[Column], rows: Iterable) -> str:
@@ -267,7 +267,7 @@ def summary(*contents: dict) -> str:
     width = max([16, *(len(m["label"]) + 2 for m in recovered)])
     columns = [Column("", str, f"<{width}"), *(Column(f"keep {n}", cost(n), ">12") for n in counts)]
     first = contents[0]
-    title = f"{first['gates']} against {first['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens to be sure)"
+    title = f"{first['gates']} against {first['baseline']}: dPPL by experts kept (* passes every gate, ? too few tokens to say)"
     lines = ["".join(format(c.name, c.format) for c in columns)]
     lines += ["".join(c.text(criterion) for c in columns) for criterion in criteria]
     lines += _recovered_lines(recovered, counts, width)
