@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,39 +48,66 @@ def expert_sums(trace: Trace, token_weight: np.ndarray, align: str = "predictor"
     ``pos_`` and ``neg_`` columns are counts and plain sums of g n over the tokens with w > 0 and with w < 0.
     align: ``predictor`` pairs a token with the routing at the position that predicted it, ``token`` with its own.
     """
-    if align not in ALIGNMENTS:
-        raise ParameterError(f"align: found {align!r}, expected one of {ALIGNMENTS}")
-    rows = trace.predictor_row if align == "predictor" else trace.token_row
-    layers, _, top_k = trace.expert.shape
-    w = np.repeat(token_weight, top_k)
-    tables = []
-    for layer in range(layers):
-        expert = trace.expert[layer, rows].ravel().astype(np.int64)
-        g, n, peak = (getattr(trace, k)[layer, rows].ravel().astype(np.float64) for k in ("gate", "norm", "peak"))
+    weights, group = np.unique(token_weight, return_inverse=True)
+    return weighted_sums(plain_sums(trace, align), group_sums(trace, group, len(weights), align), weights)
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """Of groups of tokens, [groups, L, E]: how many were routed to an expert (int64), and their sum of g n (float64)."""
+
+    count: np.ndarray
+    gate_norm: np.ndarray
+
+
+def plain_sums(trace: Trace, align: str) -> dict[str, np.ndarray]:
+    """[L, E]: the columns of expert_sums that no weight enters."""
+    found = []
+    for expert, pairs in _routed(trace, align, ("gate", "norm", "peak")):
+        g, n, peak = (values.astype(np.float64) for values in pairs)
 
         def total(values=None, expert=expert):
             return np.bincount(expert, values, minlength=trace.num_experts)
 
         max_activation = np.zeros(trace.num_experts)
         np.maximum.at(max_activation, expert, peak)
-        tables.append(
-            {
-                "layer": np.full(trace.num_experts, layer),
-                "expert": np.arange(trace.num_experts),
-                "count": total(),
-                "gate_sum": total(g),
-                "norm_sum": total(n),
-                "gate_norm_sum": total(g * n),
-                "norm_sq_sum": total(n * n),
-                "max_activation": max_activation,
-                "eaft_gate_norm_sum": total(w * g * n),
-                "pos_gate_norm_sum": total((w > 0) * g * n),
-                "neg_gate_norm_sum": total((w < 0) * g * n),
-                "pos_count": total(w > 0).astype(np.int64),
-                "neg_count": total(w < 0).astype(np.int64),
-            }
-        )
-    return pa.table({name: np.concatenate([t[name] for t in tables]) for name in tables[0]})
+        columns = {"count": total(), "gate_sum": total(g), "norm_sum": total(n), "gate_norm_sum": total(g * n)}
+        found.append(columns | {"norm_sq_sum": total(n * n), "max_activation": max_activation})
+    return {name: np.stack([columns[name] for columns in found]) for name in found[0]}
+
+
+def group_sums(trace: Trace, group: np.ndarray, num_groups: int, align: str) -> GroupSums:
+    """group: integers [N], 0 to num_groups - 1 for each kept token. Apart, so that other weights need no other pass."""
+    counts, sums = [], []
+    size = num_groups * trace.num_experts
+    first = np.repeat(group * trace.num_experts, trace.expert.shape[2])
+    for expert, (gate, norm) in _routed(trace, align, ("gate", "norm")):
+        cell = first + expert
+        counts.append(np.bincount(cell, minlength=size))
+        sums.append(np.bincount(cell, gate.astype(np.float64) * norm, minlength=size))
+    count, gate_norm = (np.stack(x).reshape(len(x), num_groups, -1).swapaxes(0, 1) for x in (counts, sums))
+    return GroupSums(count, gate_norm)
+
+
+def weighted_sums(plain: dict[str, np.ndarray], groups: GroupSums, weights: np.ndarray) -> pa.Table:
+    """The columns of saliency.parquet, where the tokens of group i weigh weights[i]."""
+    layer, expert = np.indices(plain["count"].shape)
+    columns = {"layer": layer, "expert": expert} | plain
+    columns["eaft_gate_norm_sum"] = sum(w * part for w, part in zip(weights, groups.gate_norm, strict=True))
+    for name, chosen in (("pos", weights > 0), ("neg", weights < 0)):
+        columns[f"{name}_gate_norm_sum"] = groups.gate_norm[chosen].sum(0)
+    for name, chosen in (("pos", weights > 0), ("neg", weights < 0)):
+        columns[f"{name}_count"] = groups.count[chosen].sum(0)
+    return pa.table({name: values.ravel() for name, values in columns.items()})
+
+
+def _routed(trace: Trace, align: str, names: tuple[str, ...]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """By layer, for each kept token and each of its experts [N * top_k]: the expert (int64), and what else is asked for."""
+    if align not in ALIGNMENTS:
+        raise ParameterError(f"align: found {align!r}, expected one of {ALIGNMENTS}")
+    rows = trace.predictor_row if align == "predictor" else trace.token_row
+    for layer, expert in enumerate(trace.expert):
+        yield expert[rows].ravel().astype(np.int64), [getattr(trace, name)[layer, rows].ravel() for name in names]
 
 
 # Score of an expert from its sums; sources: REAP arXiv 2510.13999, activation norms and their means arXiv 2606.15716.

@@ -73,6 +73,18 @@ def choose(ranking: np.ndarray, keep_n: int, always_keep: np.ndarray | None = No
     return np.stack(kept)
 
 
+def kept_by(entry: dict, keep_n: int, always_keep: np.ndarray | None = None) -> tuple[np.ndarray, str]:
+    """Ids [L, keep_n] by one criterion's entry of ranking.json, and which part of it said so.
+
+    ``keep_sets``: the criterion's own for that count, where it has them (``recon``: after swaps) and nobody must stay, else
+    ``ranking``: those that must and the best of the ranking.
+    """
+    own = entry.get("keep_sets", {}).get(str(keep_n)) if always_keep is None else None
+    if own is not None:
+        return np.array(own), "keep_sets"
+    return choose(np.array(entry["ranking"]), keep_n, always_keep), "ranking"
+
+
 def core_experts(sums: pa.Table, top_m: int) -> np.ndarray:
     """bool [L, E]: per layer the ``top_m`` experts with the largest positive mass (sum of g n over tokens with w > 0)."""
     mass = sums_by_layer(sums)["pos_gate_norm_sum"]
@@ -130,8 +142,7 @@ def from_ranking(
         sums = read_sums(ranking, provenance)
         always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
     entry = content["criteria"][criterion]
-    own = entry.get("keep_sets", {}).get(str(count)) if always is None else None
-    ids = choose(np.array(entry["ranking"]), count, always) if own is None else np.array(own)
+    ids, by = kept_by(entry, count, always)
     chosen_by = {
         "criterion": criterion,
         "keep_n": count,
@@ -142,5 +153,5 @@ def from_ranking(
         "ranking_rows_sha256": provenance["rows_sha256"],
     }
     if "keep_sets" in entry:
-        chosen_by["by"] = "ranking" if own is None else "keep_sets"
+        chosen_by["by"] = by
     return KeepSet(ids, checkpoint.num_experts, chosen_by)

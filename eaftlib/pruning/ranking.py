@@ -37,7 +37,7 @@ def ranking_of(
             entries[name] = _by_reconstruction(trace, progress)
             provenance["grams_sha256"] = _sha256(trace.grams, trace.router_logits)
         else:
-            entries[name] = _by_sums(sums, name, seed)
+            entries[name] = by_sums(sums, name, seed)
     everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
     provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
     return {
@@ -50,7 +50,8 @@ def ranking_of(
     }
 
 
-def _by_sums(sums: pa.Table, criterion: str, seed: int) -> dict:
+def by_sums(sums: pa.Table, criterion: str, seed: int) -> dict:
+    """A criterion's entry: scores (None where a mean has no token) and ranking, by layer."""
     scores = criterion_scores(sums, criterion, seed)
     ranking = rank_experts(scores, None if criterion == RANDOM else sums_by_layer(sums)["count"] > 0)
     return {

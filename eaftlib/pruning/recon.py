@@ -92,11 +92,23 @@ class Layer:
         return np.concatenate([self._without_each(ids[:, c], tokens[c]) for c in cut] or [np.zeros(ids.shape)], axis=1)
 
     def _without_each(self, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """|g - g^S|^2 under G, multiplied out: energy - 2 g' G g^S + g^S' G g^S."""
         n = len(ids)
-        gates = np.repeat(self.logits[tokens, ids][None], n, axis=0)  # [left out, expert, token]
-        gates[np.arange(n), np.arange(n)] = -np.inf
-        gates = _softmax(gates)
+        logits = np.repeat(self.logits[tokens, ids][None], n, axis=0)  # [left out, expert, token]
+        logits[np.arange(n), np.arange(n)] = -np.inf
+        return self._losses(_softmax(logits), ids, tokens)
+
+    def loss(self, kept: np.ndarray) -> float:
+        """What the layer loses with the experts where kept bool [E] is true; as a share, like ``Elimination.losses``."""
+        ids = self.best(kept, self.tokens)[:-1]
+        gates = _softmax(self.logits[self.tokens, ids])
+        return float(self._losses(gates[None], ids, self.tokens).sum() / (self.energy.sum() or 1.0))
+
+    def _losses(self, gates: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """[s, len(tokens)], of s ways to use n experts, gates [s, n, len(tokens)].
+
+        |g - g^S|^2 under G, multiplied out: energy - 2 g' G g^S + g^S' G g^S.
+        """
+        n = len(ids)
         loss = self.energy[tokens] - 2 * np.einsum("sit,it->st", gates, self.with_whole[tokens, ids])
         for i in range(n):
             for j in range(i, n):

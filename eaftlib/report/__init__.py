@@ -1,4 +1,4 @@
-"""Everything a report shows, and its renderers. ``compare("a.json", "b.json")`` shows two results side by side in a notebook."""
+"""Everything a report shows, and its renderers. In notebooks ``compare("a.json", "b.json")`` shows two results side by side."""
 
 
 def __getattr__(name: str):
