@@ -342,6 +342,7 @@
     const heads = ["number", `left: ${state.left}`, `right: ${state.right}`, "right minus left"];
     fillTable(byId("breakdown"), heads, NUMBERS.map((number) => numberCells(number, left, right)));
     fillTable(byId("packs"), ["pack", "length", "PPL left", "PPL right", "dPPL", "dCC", "d mean p", "JS2D", "why not"], lines);
+    performance.mark("ready");
     document.documentElement.dataset.pair = JSON.stringify([state.left, state.right, state.pack, state.seq]);
   }
 
