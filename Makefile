@@ -5,7 +5,7 @@ DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
 
-.PHONY: setup demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -23,6 +23,12 @@ define execute
 	mkdir -p $(dir $(call executed,$(2)))
 	$(PY) -m papermill notebooks/$(1).ipynb $(call executed,$(2)).ipynb -f $(2)
 endef
+
+# The report's page is tested in Debian's Chromium. Where it cannot be installed those tests are skipped, and say why.
+browser: $(READY)
+	@command -v chromium > /dev/null || { test "`id -u`" = 0 && command -v apt-get > /dev/null \
+		&& apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium > /dev/null; } \
+		|| echo "no chromium, and it cannot be installed here: tests of the report's page are skipped"
 
 again = $(MAKE)  # by another name: `make -n demo`, too, is to run nothing
 # Rank; sweep twelve keep-sets in one pass; recover half the experts; judge the result on many blocks. Meanwhile, in the
@@ -47,7 +53,7 @@ demo-candidates: $(READY)
 	$(call execute,05_recover,params/demo/recover-16-start.yaml)
 	$(call execute,05_recover,params/demo/recover-16.yaml)
 
-test: $(READY)
+test: $(READY) browser
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # What a commit must pass besides the tests: style, rooms that import downwards, notebooks that are exactly their sources.

@@ -35,8 +35,11 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Atomic; non-finite numbers are refused, since JSON has none."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json_text(content)))
+
+
+def json_text(content: dict) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -52,3 +55,26 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def write_together(folder: Path, contents: dict[str, bytes]) -> list[Path]:
+    """Every file is whole under a temporary name before the first gets its own: a disk that is full leaves the old ones.
+
+    contents: by path inside ``folder``. Returns the files' paths.
+    """
+    temporary: dict[Path, Path] = {}
+    try:
+        for name, content in contents.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            temporary[path] = Path(partial)
+            with open(handle, "wb") as file:
+                file.write(content)
+            temporary[path].chmod(0o644)
+        for path, partial in temporary.items():
+            partial.replace(path)
+    finally:
+        for partial in temporary.values():
+            partial.unlink(missing_ok=True)
+    return list(temporary)

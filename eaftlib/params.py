@@ -279,6 +279,8 @@ class Report(Parameters):
     results: Annotated[list[str], Field(min_length=1)]
     baseline: str
     gates: str
+    rankings: list[str] | None
+    conflict_texts: bool
     out_dir: str
 
 

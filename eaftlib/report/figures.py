@@ -23,10 +23,13 @@ _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 class Picture(Figure):
     """A figure that a notebook shows as a PNG wherever it runs, without pyplot and its global state."""
 
-    def _repr_png_(self) -> bytes:
+    def png(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=110)
         return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
     def svg(self) -> str:
         """The <svg> element alone, for pages; the same figure gives the same text."""

@@ -1,55 +1,41 @@
 """What a report says, as one typed object; tables, page, notebook and terminal only render it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..errors import ResultError
-from ..evaluation.compare import Comparison, Delta, compare
-from ..evaluation.gates import PASS, Check, Gates, Verdict, dtypes_differ, judge
+from ..evaluation.compare import JS2D, Comparison, Delta, compare
+from ..evaluation.gates import Gates
 from ..evaluation.results import Result
+from .candidates import (
+    Candidate,
+    Group,
+    Recovered,
+    best_of,
+    candidate,
+    criterion,
+    experts_kept,
+    grouped,
+    headline,
+    nearest_of,
+    next_steps,
+    recovered,
+)  # fmt: skip
+from .conflicts import ConflictTexts
+from .notes import notes
+from .saliency import Saliency
 
-SCHEMA = "eaft-verdict/1"
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What training changed in a pruned model, whose expert matrices stay as they were.
-
-    parameters_share: trained parameters of all of the whole model's; tokens: trained on, repeats counted.
-    """
-
-    parameters_share: float
-    tokens: int
-
-    @property
-    def trained(self) -> str:
-        """The share with two digits: that of routers alone is far below a percent."""
-        return f"{float(f'{100 * self.parameters_share:.2g}'):g}%"
-
-    @property
-    def trained_on(self) -> str:
-        return f"{self.tokens / 1e6:,.1f} M tokens" if self.tokens >= 1e6 else f"{self.tokens:,} tokens"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pruned model and its verdict. keep_n of num_experts experts per layer; None where an earlier file does not say.
-
-    recovered: None where nothing was trained.
-    """
-
-    label: str
-    criterion: str | None
-    keep_n: int | None
-    num_experts: int | None
-    recovered: Recovered | None
-    status: str
-    reasons: tuple[str, ...]
-    checks: tuple[Check, ...]
+SCHEMA = "eaft-verdict/2"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model on one pack and sequence length; the baseline's own row has a comparison of zeros."""
+    """One model on one pack and sequence length.
+
+    comparison: with the baseline on the same tokens; None where the baseline was not scored there. entry: the ``model``
+    entry of the result file, with the histogram and whatever else was recorded. input: what it was scored on, as far as
+    the file says; two rows of one pack and length whose inputs differ are not comparable. gate: status on a primary pack
+    and length, "baseline", or nothing.
+    """
 
     label: str
     criterion: str | None
@@ -57,14 +43,32 @@ class Row:
     recovered: Recovered | None
     pack: str
     seq_len: int
-    ppl: float
-    cc_rate: float
-    mean_prob: float
-    mean_entropy: float
-    kept_tokens: int
-    comparison: Comparison
-    gate: str  # status on a primary pack and length, "baseline", or nothing
+    entry: dict
+    input: str | None
+    binned: bool
+    comparison: Comparison | None
+    gate: str
     is_baseline: bool
+
+    @property
+    def ppl(self) -> float:
+        return self.entry["ppl"]
+
+    @property
+    def cc_rate(self) -> float:
+        return self.entry["cc_rate"]
+
+    @property
+    def mean_prob(self) -> float:
+        return self.entry["mean_prob"]
+
+    @property
+    def mean_entropy(self) -> float:
+        return self.entry["mean_entropy"]
+
+    @property
+    def kept_tokens(self) -> int:
+        return self.entry["kept_tokens"]
 
 
 @dataclass(frozen=True)
@@ -84,24 +88,48 @@ class Landscape:
     """One (p, H) histogram: the ``model`` entry of a result that holds it, and what to write above it."""
 
     title: str
+    seq_len: int
     model: dict
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is shown; ``best`` is the passing candidate with the fewest experts, if any passes."""
+    """Everything that is shown.
 
-    gates: str
-    primary_pack: str
+    num_experts: of the baseline, per layer. bytes_total: of every model by label, the baseline's too, where its file says.
+    """
+
+    gates: Gates
     model_id: str
     baseline: str
+    num_experts: int | None
     headline: str
-    best: Candidate | None
     candidates: tuple[Candidate, ...]
     rows: tuple[Row, ...]
+    bytes_total: dict[str, int]
     notes: tuple[str, ...]
     curve: Curve | None
     landscapes: tuple[Landscape, ...]
+    saliencies: tuple[Saliency, ...]
+    conflicts: tuple[ConflictTexts, ...]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The passing candidate with the fewest experts, if any passes."""
+        return best_of(self.candidates)
+
+    @property
+    def nearest(self) -> Candidate | None:
+        """The candidate that is nearest to passing, if any was judged at all."""
+        return nearest_of(self.candidates)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return grouped(self.candidates)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        return next_steps(self.candidates, self.gates)
 
     @property
     def tables(self) -> dict[tuple[str, int], list[Row]]:
@@ -113,131 +141,99 @@ class Report:
         """The content of verdict.json."""
         return {
             "schema": SCHEMA,
-            "gates": self.gates,
+            "gates": self.gates.name,
             "baseline": self.baseline,
             "headline": self.headline,
             "best": self.best.label if self.best else None,
-            "models": {
-                c.label: {
-                    "verdict": c.status,
-                    "keep_n": c.keep_n,
-                    "criterion": c.criterion,
-                    "recovered": vars(c.recovered) if c.recovered else None,
-                    "reasons": list(c.reasons),
-                    "checks": [vars(check) for check in c.checks],
-                }
-                for c in self.candidates
-            },
+            "models": {c.label: _candidate_content(c) for c in self.candidates},
         }
 
 
-def build(results: list[Result], baseline: str, gates: Gates) -> Report:
-    """Compare every result with the one labelled ``baseline``. Raises ResultError when it is not there or rows differ."""
+def _candidate_content(found: Candidate) -> dict:
+    return {
+        "verdict": found.status,
+        "evidence": found.evidence,
+        "keep_n": found.keep_n,
+        "num_experts": found.num_experts,
+        "criterion": found.criterion,
+        "recovered": asdict(found.recovered) if found.recovered else None,
+        "bytes_total": found.bytes_total,
+        "bytes_saved": found.bytes_saved,
+        "missing": list(found.verdict.missing),
+        "warnings": list(found.verdict.warnings),
+        "samples": {
+            str(length): asdict(sample) | {"kept_tokens": found.kept_tokens[length]}
+            for length, sample in found.samples.items()
+        },
+        "checks": [asdict(check) for check in found.checks],
+    }
+
+
+def build(
+    results: list[Result],
+    baseline: str,
+    gates: Gates,
+    saliencies: tuple[Saliency, ...] = (),
+    conflicts: tuple[ConflictTexts, ...] = (),
+) -> Report:
+    """Compare every result with the one labelled ``baseline``. Raises ResultError when it is not there or rows differ.
+
+    saliencies, conflicts: to be shown beside.
+    """
     by_label = {r.label: r for r in results}
     if baseline not in by_label:
         raise ResultError(f"baseline: no result is labelled {baseline!r}; there are {sorted(by_label)}")
     base = by_label.pop(baseline)
     found = sorted(by_label.values(), key=lambda r: (-(experts_kept(r) or 0), r.label))
-    verdicts = [judge(result, base, gates) for result in found]
-    candidates = tuple(_candidate(r, base, v) for r, v in zip(found, verdicts, strict=True))
+    candidates = tuple(candidate(result, base, gates) for result in found)
     rows = [_row(base, key, _with_itself(base, key), "baseline", is_baseline=True) for key in base.entries]
-    for result, verdict in zip(found, verdicts, strict=True):
-        rows += _rows(result, base, verdict, gates)
-    best = _best(candidates, verdicts)
+    for result, judged in zip(found, candidates, strict=True):
+        rows += _rows(result, base, judged, gates)
+    sizes = {r.label: r.meta["bytes_total"] for r in (base, *found) if r.meta.get("bytes_total")}
     return Report(
-        gates=gates.name,
-        primary_pack=gates.primary_pack,
+        gates=gates,
         model_id=base.meta.get("model_id", ""),
         baseline=base.label,
-        headline=_headline(candidates, best, by_label, base, gates),
-        best=best,
+        num_experts=experts_kept(base),
+        headline=headline(candidates, gates),
         candidates=candidates,
         rows=tuple(rows),
-        notes=_notes(found, base, gates, any(r.comparison.binned for r in rows if not r.is_baseline)),
+        bytes_total=sizes,
+        notes=notes(found, base, gates, any(r.binned for r in rows if not r.is_baseline)),
         curve=_curve(rows, base, gates),
         landscapes=_landscapes(base, gates),
+        saliencies=saliencies,
+        conflicts=conflicts,
     )
 
 
-def experts_kept(result: Result) -> int | None:
-    """Experts per layer of the model that was scored; None where an earlier file does not say."""
-    keep_set = result.meta.get("keep_set") or {}
-    return keep_set.get("keep_n", result.meta.get("num_experts"))
-
-
-def _criterion(result: Result) -> str | None:
-    return (result.meta.get("keep_set") or {}).get("criterion")
-
-
-def _recovered(result: Result) -> Recovered | None:
-    found = result.meta.get("recovered")
-    return Recovered(found["parameters_share"], found["tokens"]) if found else None
-
-
-def _candidate(result: Result, base: Result, verdict: Verdict) -> Candidate:
-    return Candidate(
-        label=result.label,
-        criterion=_criterion(result),
-        keep_n=experts_kept(result),
-        num_experts=experts_kept(base),
-        recovered=_recovered(result),
-        status=verdict.status,
-        reasons=verdict.reasons,
-        checks=verdict.checks,
-    )
-
-
-def _best(candidates: tuple[Candidate, ...], verdicts: list[Verdict]) -> Candidate | None:
-    def experts_then_cost(pair: tuple[Candidate, Verdict]) -> tuple:
-        candidate, verdict = pair
-        kept = candidate.keep_n  # an earlier file does not say: it comes last
-        return kept is None, kept or 0, max(c.ppl.value for c in verdict.comparisons.values())
-
-    passing = [pair for pair in zip(candidates, verdicts, strict=True) if pair[1].status == PASS]
-    return min(passing, key=experts_then_cost)[0] if passing else None
-
-
-def _headline(
-    candidates: tuple[Candidate, ...], best: Candidate | None, results: dict[str, Result], base: Result, gates: Gates
-) -> str:
-    """One sentence that answers the question."""
-    if best is None:
-        return f"None of {len(candidates)} candidates passes {gates.name}."
-    before, after = base.meta.get("bytes_total"), results[best.label].meta.get("bytes_total")
-    trained, saved = "", f", {1 - after / before:.1%} of the bytes gone" if before and after else ""
-    if best.recovered:
-        trained = ", every kept expert matrix as it was, "
-        trained += f"{best.recovered.trained} of the parameters trained on {best.recovered.trained_on}"
-        saved = saved.replace(", ", "; ")
-    passing = sum(c.status == PASS for c in candidates)
-    return (
-        f"{best.label} passes {gates.name} with {best.keep_n or '?'} of {best.num_experts or '?'} experts "
-        f"per layer{trained}{saved}; {passing} of {len(candidates)} candidates pass."
-    )
-
-
-def _rows(result: Result, base: Result, verdict: Verdict, gates: Gates) -> list[Row]:
-    """A candidate's rows, wherever the baseline was scored too."""
-    rows = []
+def _rows(result: Result, base: Result, judged: Candidate, gates: Gates) -> list[Row]:
+    """A candidate's rows; compared wherever the baseline was scored too."""
+    rows, comparisons = [], judged.verdict.comparisons
     for pack, seq_len in result.entries:
-        if (pack, seq_len) not in base.entries:
-            continue
-        judged = pack == gates.primary_pack and seq_len in verdict.comparisons
-        comparison = verdict.comparisons[seq_len] if judged else compare(result, base, pack, seq_len)
-        rows.append(_row(result, (pack, seq_len), comparison, verdict.status_at(seq_len) if judged else ""))
+        if pack == gates.primary_pack and seq_len in comparisons:
+            comparison, gate = comparisons[seq_len], judged.status_at(seq_len)
+        else:
+            shared = (pack, seq_len) in base.entries
+            comparison, gate = compare(result, base, pack, seq_len) if shared else None, ""
+        rows.append(_row(result, (pack, seq_len), comparison, gate))
     return rows
 
 
-def _row(result: Result, key: tuple[str, int], comparison: Comparison, gate: str, is_baseline: bool = False) -> Row:
-    model = result.entries[key]["model"]
+def _row(
+    result: Result, key: tuple[str, int], comparison: Comparison | None, gate: str, is_baseline: bool = False
+) -> Row:
+    entry = result.entries[key]
     return Row(
         label=result.label,
-        criterion=_criterion(result),
+        criterion=criterion(result),
         keep_n=experts_kept(result),
-        recovered=_recovered(result),
+        recovered=recovered(result),
         pack=key[0],
         seq_len=key[1],
-        **{name: model[name] for name in ("ppl", "cc_rate", "mean_prob", "mean_entropy", "kept_tokens")},
+        entry=entry["model"],
+        input=entry.get("input_sha256") or entry.get("rows_sha256"),
+        binned=comparison.binned if comparison and not is_baseline else result.binned,
         comparison=comparison,
         gate=gate,
         is_baseline=is_baseline,
@@ -250,58 +246,19 @@ def _with_itself(base: Result, key: tuple[str, int]) -> Comparison:
         ppl=nothing,
         cc=nothing,
         mean_prob=nothing,
-        js2d=0.0,
-        js2d_floor=None,
+        js2d=JS2D(0.0, None, None, None),
         cc_rate_at_base=base.entries[key]["model"]["cc_rate"],
+        sample=None,
         binned=base.binned,
         kl_to_base=None,
         top1_agreement=None,
     )
 
 
-def _notes(candidates: list[Result], base: Result, gates: Gates, binned: bool) -> tuple[str, ...]:
-    """How to read the tables, with the facts of this report filled in."""
-    meta, limits = base.meta, gates.limits
-    lengths = " and ".join(map(str, gates.primary_seq_lens))
-    notes = [
-        f"Gates ({gates.name}): {gates.primary_pack} at {lengths} tokens, all must pass: |dPPL| <= "
-        f"min({limits['ppl_absolute']}, {limits['ppl_relative']:.0%} of the baseline's PPL), |dCC| <= {limits['cc_rate']}, "
-        f"|d mean p| <= {limits['mean_prob']}, JS2D <= {limits['js2d']}.",
-        "CC rate: confident conflicts, tokens with p and H both under the baseline's thresholds.",
-        "Intervals: 95 %, paired bootstrap over blocks.",
-        "JS2D: divergence of the (p, H) histograms. Its floor is what chance gives: the two models' values swapped at "
-        "random, token by token. A value above the limit by no more than the floor decides nothing (UNDECIDED).",
-        "trained: share of the whole model's parameters that training changed afterwards, to give the whole model's "
-        "next-token distributions again; the expert matrices are not among them. '-': nothing was trained.",
-        "KL and top-1: mean KL(baseline, candidate) over the full vocabulary, and share of equal arg-max, where both "
-        "models ran in one pass.",
-        f"Evaluated rows: {meta.get('rows', 'unknown')}; {_blocks(meta.get('num_blocks', '?'))}; "
-        f"{meta.get('gpu_name') or meta.get('device', 'device unknown')}, {meta.get('dtype', 'dtype unknown')}.",
-    ]
-    rounded = [f"{c.label} in {c.meta['dtype']}" for c in candidates if dtypes_differ(c, base)]
-    if rounded:
-        notes.append(
-            f"Precision: the baseline was scored in {meta['dtype']}, {', '.join(rounded)}. Part of their difference is "
-            "rounding, not pruning."
-        )
-    if binned:
-        notes.append(
-            "(binned): per-token values were not at hand; conflicts and floors come from histogram bins. Files without schema "
-            "do not record rows or tokenizer, so that those agree is not checked."
-        )
-    return tuple(notes)
-
-
-def _blocks(num_blocks: int | str | dict[str, int]) -> str:
-    if isinstance(num_blocks, dict):
-        return ", ".join(f"{count} blocks of {length} tokens" for length, count in num_blocks.items())
-    return f"{num_blocks} blocks per sequence length"
-
-
 def _curve(rows: list[Row], base: Result, gates: Gates) -> Curve | None:
     """None where no candidate on the primary pack names its criterion or was recovered."""
-    pruned = [r for r in rows if not r.is_baseline and r.pack == gates.primary_pack]
-    drawn = tuple(r for r in pruned if r.criterion or (r.recovered and r.keep_n))
+    pruned = [r for r in rows if not r.is_baseline and r.pack == gates.primary_pack and r.comparison]
+    drawn = tuple(r for r in pruned if r.keep_n and (r.criterion or r.recovered))
     limits = {
         length: gates.ppl_limit(base.entries[gates.primary_pack, length]["model"]["ppl"])
         for length in gates.primary_seq_lens
@@ -313,7 +270,7 @@ def _curve(rows: list[Row], base: Result, gates: Gates) -> Curve | None:
 def _landscapes(base: Result, gates: Gates) -> tuple[Landscape, ...]:
     keys = [(gates.primary_pack, length) for length in gates.primary_seq_lens]
     return tuple(
-        Landscape(f"{base.label}, {pack}, {length} tokens", base.entries[pack, length]["model"])
+        Landscape(f"{base.label}, {pack}, {length} tokens", length, base.entries[pack, length]["model"])
         for pack, length in keys
         if (pack, length) in base.entries
     )
