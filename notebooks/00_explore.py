@@ -46,10 +46,7 @@ p = params.Explore.from_notebook(get_ipython())
 # %%
 trace = Trace.load(Path(p.ranking).with_name("trace.safetensors"))
 explorer = Explorer(trace, read_ranking(p.ranking))
-layers, experts = len(trace.expert), trace.num_experts
-print(
-    f"{layers} layers x {experts} experts, top {explorer.top_k}; {len(trace.nll):,} tokens of {trace.provenance['pack']}"
-)
+print(f"{len(trace.expert)} layers x {trace.num_experts} experts, top {explorer.top_k}; {len(trace.nll):,} tokens")
 
 # %%
 panel = Panel(explorer, ranking=p.ranking, keep_n=p.keep_n, criterion=p.criterion, out_dir=p.out_dir)

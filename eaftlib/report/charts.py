@@ -219,7 +219,7 @@ def keep_set(choice: Choice, criterion: str, other: Choice, other_criterion: str
     """
     figure = make_subplots(
         2, 3, specs=[[{"colspan": 3}, None, None], [{}, {}, {}]], vertical_spacing=0.2, horizontal_spacing=0.06,
-        row_heights=[0.58, 0.42], subplot_titles=_keep_set_titles(choice, criterion, other, other_criterion),
+        row_heights=[0.58, 0.42], subplot_titles=keep_set_titles(choice, criterion, other, other_criterion),
     )  # fmt: skip
     scores, order = np.array(choice.entry["scores"], float), np.array(choice.entry["ranking"])
     for trace in saliency_traces(scores, order, criterion, choice.kept):
@@ -242,7 +242,8 @@ def keep_set(choice: Choice, criterion: str, other: Choice, other_criterion: str
     return figure.update_layout(height=saliency_height(len(scores)) + HEIGHT - 60, **_BLANK)
 
 
-def _keep_set_titles(choice: Choice, criterion: str, other: Choice, other_criterion: str) -> list[str]:
+def keep_set_titles(choice: Choice, criterion: str, other: Choice, other_criterion: str) -> list[str]:
+    """Of the map and the three panels under it."""
     keep_n, experts = choice.kept.shape[1], len(choice.entry["ranking"][0])
     share = overlap(choice.kept, other.kept).mean() / keep_n
     if choice.loss is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,18 +10,17 @@ from ..errors import ParameterError
 from ..files import write_atomically
 from ..pruning.criteria import ALIGNMENTS, RANDOM, RECON
 from ..pruning.explore import Choice, Explorer, Settings
-from . import charts
+from . import charts, figures
 
 if TYPE_CHECKING:
     import ipywidgets
-    import plotly.graph_objects as go
 
 
 class Panel:
     """Controls and one figure that follows them. ``figure`` is what is shown now.
 
-    The figure is a plain output that is replaced at each move, not a widget: so a notebook that ran without a front end
-    shows the first one.
+    The figure is a plain output that is replaced at each move, not a widget, and comes with a picture at first: so a notebook
+    that ran without a front end shows that, in an export too.
     """
 
     def __init__(self, explorer: Explorer, *, ranking: str, keep_n: int, criterion: str, out_dir: str):
@@ -32,8 +32,11 @@ class Panel:
         if keep_n not in counts:
             raise ParameterError(f"keep_n: found {keep_n}, expected one of {counts}")
         self.explorer, self._ranking, self._out_dir, self._display = explorer, ranking, Path(out_dir), None
+        explorer.choose(
+            Settings.of(explorer.ranking), criterion, keep_n
+        )  # names a criterion it lacks; a widget would not
         self.controls = _controls(explorer, keep_n, criterion)
-        self.figure = self._drawn()
+        self.figure = charts.keep_set(*self._shown())
         for control in self.controls.values():
             control.observe(self._moved, "value")
 
@@ -53,7 +56,9 @@ class Panel:
         rows = [list(self.controls.values())[start : start + 4] for start in (0, 4)]
         display(ipywidgets.VBox([ipywidgets.HBox(row) for row in rows]))
         # A Plotly figure that displays itself cannot be updated; its bundle can.
-        self._display = display(self.figure._repr_mimebundle_(), raw=True, display_id=True)
+        picture = figures.keep_set(*self._shown())._repr_png_()
+        bundle = {"image/png": b64encode(picture).decode()} | self.figure._repr_mimebundle_()
+        self._display = display(bundle, raw=True, display_id=True)
 
     def parameters(self) -> dict[str, dict]:
         """Parameters by notebook: 03_evaluate of the keep-set shown, and 01_rank where its ranking does not exist yet."""
@@ -103,12 +108,12 @@ class Panel:
     def _choose(self, criterion: str) -> Choice:
         return self.explorer.choose(self.settings, criterion, self.controls["keep_n"].value)
 
-    def _drawn(self) -> go.Figure:
+    def _shown(self) -> tuple[Choice, str, Choice, str]:
         criterion, other = (self.controls[name].value for name in ("criterion", "compared_with"))
-        return charts.keep_set(self._choose(criterion), criterion, self._choose(other), other)
+        return self._choose(criterion), criterion, self._choose(other), other
 
     def _moved(self, _) -> None:
-        self.figure = self._drawn()
+        self.figure = charts.keep_set(*self._shown())
         if self._display is not None:
             self._display.update(self.figure._repr_mimebundle_(), raw=True)
 
@@ -118,7 +123,7 @@ def _controls(explorer: Explorer, keep_n: int, criterion: str) -> dict[str, ipyw
     import ipywidgets
 
     found = Settings.of(explorer.ranking)
-    other = next(name for name in explorer.criteria if name != criterion)
+    other = next((name for name in explorer.ranking["criteria"] if name != criterion), criterion)
     wide = {"style": {"description_width": "7em"}, "layout": {"width": "22em"}}
 
     def weight(name: str) -> ipywidgets.FloatSlider:
