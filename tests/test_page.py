@@ -205,7 +205,7 @@ def test_every_gate_is_a_bar_with_its_value_on_the_right_side_of_its_limit(visit
             assert check["evidence"] is None or check["evidence"] in text
         badges = item.locator(".badge").all_inner_texts()
         assert badges[0].endswith(verdict[label]["verdict"]) and badges[1].endswith(
-            verdict[label]["evidence"] or "recorded"
+            verdict[label]["evidence"] or "not for every gate"
         )
 
 
@@ -313,7 +313,7 @@ def test_an_earlier_file_is_shown_as_binned_without_what_it_lacks(visit):
         cells[0]: cells[1:] for cells in (r.split("\t") for r in page.locator("#breakdown tbody tr").all_inner_texts())
     }
     assert rows["p low, H low (conflicts)"][1:] == ["–", "–"]
-    assert "no evidence recorded" in page.locator(".candidate", has=page.locator("h4", has_text="old")).inner_text()
+    assert "not for every gate" in page.locator(".candidate", has=page.locator("h4", has_text="old")).inner_text()
 
 
 def test_columns_sort_by_pointer_and_by_key_and_keep_the_focus(visit, out):

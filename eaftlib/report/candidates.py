@@ -66,9 +66,6 @@ class Candidate:
     def checks(self) -> tuple[Check, ...]:
         return self.verdict.checks
 
-    def status_at(self, seq_len: int) -> str:
-        return FAIL if any(c.status == FAIL for c in self.checks if c.seq_len == seq_len) else PASS
-
     @property
     def samples(self) -> dict[int, Sample]:
         """What the intervals rest on, by primary sequence length; without those that have none."""
@@ -204,7 +201,10 @@ def _confirm(best: Candidate) -> str:
     if best.evidence == EQUIVALENT:
         return f"{best.label} passes and its differences are shown to be within the limits: it can be used as it is."
     if best.evidence is None:
-        return f"{best.label} passes on point values alone: evaluate it with per-token values to see how sure that is."
+        return (
+            f"{best.label} passes, but not every gate has an interval: evaluate it with per-token values, on more conversations, "
+            "to see how sure that is."
+        )
     needed = blocks_text(best.blocks_to_decide)
     with_blocks = f" {needed} would decide." if needed else ""
     return f"{best.label} passes, but its intervals reach past a limit: evaluate it on more blocks.{with_blocks}"
