@@ -672,6 +672,7 @@
   }
 
   function render() {
+    document.documentElement.dataset.state = JSON.stringify(state);
     renderControls();
     renderBoard();
     renderPair();
