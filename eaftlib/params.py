@@ -284,7 +284,17 @@ class Report(Parameters):
     out_dir: str
 
 
+class Explore(Parameters):
+    """00_explore"""
+
+    ranking: str
+    criterion: str
+    keep_n: Positive
+    out_dir: str
+
+
 NOTEBOOKS = {
+    "00_explore": Explore,
     "01_rank": Rank,
     "02_prune": Prune,
     "03_evaluate": Evaluate,

@@ -235,7 +235,12 @@ def test_gates_are_bars_in_limits_with_their_intervals():
     assert list(bars.y) == ["dPPL, 64", "JS2D, 64", "dCC, 64"]
     assert list(bars.marker.color) == [colors.BAD, colors.GOOD, colors.GOOD]
     ends = [math.sinh(x) for x in lines.x if not math.isnan(x)]
-    assert ends == pytest.approx([2.5, 3.6, -0.1, 0.4]) and list(lines.y) == ["dPPL, 64"] * 3 + ["JS2D, 64"] * 3
+    assert ends == pytest.approx([2.5, 3.6, -0.1, 0.4]) and list(lines.y) == [
+        *["dPPL, 64"] * 2,
+        None,
+        *["JS2D, 64"] * 2,
+        None,
+    ]
     assert [list(c) for c in bars.customdata] == [
         [0.3, 0.1, 0.25, 0.36, "FAIL", "DIFFERENT"],
         [0.01, 0.02, -0.002, 0.008, "PASS", "UNDECIDED"],

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from eaftlib.errors import ParameterError
-from eaftlib.params import Evaluate, Prune, Rank, Recover, Report, check_file, read_file
+from eaftlib.params import Evaluate, Explore, Prune, Rank, Recover, Report, check_file, read_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +37,9 @@ RECOVER = {
     "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 1.0, "w_conflict": 0.0, "seed": 0, "init": None,
     "device": "auto", "dtype": "auto", "max_gpu_memory": None, "out_dir": "o",
 }  # fmt: skip
+EXPLORE = {"ranking": "r", "criterion": "reap", "keep_n": 16, "out_dir": "o"}
 KEEP = {"ranking": "r", "criterion": "reap", "keep_n": 16}
-ALL = [(Rank, RANK), (Prune, PRUNE), (Evaluate, EVALUATE), (Recover, RECOVER), (Report, REPORT)]
+ALL = [(Rank, RANK), (Prune, PRUNE), (Evaluate, EVALUATE), (Recover, RECOVER), (Report, REPORT), (Explore, EXPLORE)]
 
 
 @pytest.mark.parametrize("kind, values", ALL)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHT = ["params", "pruning.criteria", "pruning.keepsets", "evaluation.results", "report.model"]
+LIGHT = ["params", "pruning.criteria", "pruning.keepsets", "pruning.explore", "evaluation.results", "report.model"]
 
 
 def test_rooms_import_downwards_and_in_no_circle():

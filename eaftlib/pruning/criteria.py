@@ -107,7 +107,8 @@ def _routed(trace: Trace, align: str, names: tuple[str, ...]) -> Iterator[tuple[
         raise ParameterError(f"align: found {align!r}, expected one of {ALIGNMENTS}")
     rows = trace.predictor_row if align == "predictor" else trace.token_row
     for layer, expert in enumerate(trace.expert):
-        yield expert[rows].ravel().astype(np.int64), [getattr(trace, name)[layer, rows].ravel() for name in names]
+        pairs = [getattr(trace, name)[layer].take(rows, axis=0).ravel() for name in names]
+        yield expert.take(rows, axis=0).ravel().astype(np.int64), pairs
 
 
 # Score of an expert from its sums; sources: REAP arXiv 2510.13999, activation norms and their means arXiv 2606.15716.

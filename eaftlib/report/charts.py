@@ -17,9 +17,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..pruning.explore import overlap
 from . import colors
 
 if TYPE_CHECKING:
+    from ..pruning.explore import Choice
     from .model import Candidate, Curve, Row
 
 HEIGHT = 380  # pixels of a panel with its axis titles
@@ -207,6 +209,79 @@ def saliency(
     for trace in saliency_traces(scores, order if best_first else None, criterion, kept):
         figure.add_trace(trace)
     return figure.update_layout(height=saliency_height(len(scores)), **saliency_layout(scores.shape, best_first))
+
+
+def keep_set(choice: Choice, criterion: str, other: Choice, other_criterion: str) -> go.Figure:
+    """A keep-set in its criterion's saliency map, and by layer: experts in common with another, mass kept, predicted loss.
+
+    Traces: heat map and marks (see saliency), then bars of experts in common, share of sum g n kept, predicted loss; the
+    other's mass and loss as ticks beside them. Titles have means over layers. Without Gram matrices the last panel says so.
+    """
+    figure = make_subplots(
+        2, 3, specs=[[{"colspan": 3}, None, None], [{}, {}, {}]], vertical_spacing=0.2, horizontal_spacing=0.06,
+        row_heights=[0.58, 0.42], subplot_titles=keep_set_titles(choice, criterion, other, other_criterion),
+    )  # fmt: skip
+    scores, order = np.array(choice.entry["scores"], float), np.array(choice.entry["ranking"])
+    for trace in saliency_traces(scores, order, criterion, choice.kept):
+        figure.add_trace(trace, 1, 1)
+    common = overlap(choice.kept, other.kept)
+    layer, name, other_name = np.arange(len(common)), escape(criterion), escape(other_criterion)
+    figure.add_trace(_layer_bars(layer, common, name, "%{y} experts in common"), 2, 1)
+    for col, ours, theirs, form in ((2, choice.mass, other.mass, ".2%"), (3, choice.loss, other.loss, ".4f")):
+        if ours is not None:
+            figure.add_trace(_layer_bars(layer, ours, name, f"{name} %{{y:{form}}}"), 2, col)
+            figure.add_trace(
+                _layer_ticks(layer, theirs, other_criterion, f"{other_name} %{{y:{form}}}", col == 2), 2, col
+            )
+    figure.update_layout(**saliency_layout(scores.shape, True))
+    figure.update_xaxes(title_text="layer", dtick=1 if len(layer) <= 12 else 4, showgrid=False, row=2)
+    figure.update_yaxes(rangemode="tozero", row=2)
+    figure.update_yaxes(range=[0, choice.kept.shape[1]], row=2, col=1)
+    figure.update_yaxes(range=[0, 1], tickformat=".0%", row=2, col=2)
+    figure.update_layout(coloraxis={"colorbar": {"y": 1, "yanchor": "top", "len": 0.5}}, barmode="overlay")
+    return figure.update_layout(height=saliency_height(len(scores)) + HEIGHT - 60, **_BLANK)
+
+
+def keep_set_titles(choice: Choice, criterion: str, other: Choice, other_criterion: str) -> list[str]:
+    """Of the map and the three panels under it."""
+    keep_n, experts = choice.kept.shape[1], len(choice.entry["ranking"][0])
+    share = overlap(choice.kept, other.kept).mean() / keep_n
+    if choice.loss is None:
+        loss = "no predicted loss: rank with recon among the criteria"
+    else:
+        loss = f"predicted loss, share of output: {choice.loss.mean():.4f}"
+    return [
+        f"{escape(criterion)} keeps {keep_n} of {experts}",
+        f"in common with {escape(other_criterion)}: {share:.1%}",
+        f"mass (sum of g n) kept: {choice.mass.mean():.1%}",
+        loss,
+    ]
+
+
+def _layer_bars(layer: np.ndarray, values: np.ndarray, criterion: str, text: str) -> go.Bar:
+    style = colors.of_criterion(criterion)
+    return go.Bar(
+        x=layer,
+        y=values,
+        marker={"color": style.color, "opacity": 0.75},
+        name=criterion,
+        showlegend=False,
+        hovertemplate=f"layer %{{x}}: {text}<extra></extra>",
+    )
+
+
+def _layer_ticks(layer: np.ndarray, values: np.ndarray, criterion: str, text: str, in_legend: bool) -> go.Scatter:
+    """Another keep-set's values as ticks over the bars."""
+    line = {"width": 2.5, "color": colors.of_criterion(criterion).color}
+    return go.Scatter(
+        x=layer,
+        y=values,
+        mode="markers",
+        marker={"symbol": "line-ew-open", "size": 13, "line": line, "color": line["color"]},
+        name=escape(criterion),
+        showlegend=in_legend,
+        hovertemplate=f"layer %{{x}}: {text}<extra></extra>",
+    )
 
 
 def saliency_traces(
@@ -437,18 +512,19 @@ def _log10(values: np.ndarray) -> np.ndarray:
     return np.log10(values, out=np.full(values.shape, np.nan), where=positive)
 
 
+_BLANK = {
+    "template": template(dark=False), "paper_bgcolor": _CLEAR, "plot_bgcolor": _CLEAR,
+    "margin": {"l": 60, "r": 20, "t": 50, "b": 60},
+}  # fmt: skip
+
+
 def _panels(titles: list[str], stacked: bool, **options) -> go.Figure:
     rows, cols = (len(titles), 1) if stacked else (1, len(titles))
     if not stacked:
         options.pop("vertical_spacing", None)
         options["horizontal_spacing"] = 0.05
     figure = make_subplots(rows, cols, subplot_titles=titles, **options)
-    return figure.update_layout(
-        template=template(dark=False),
-        paper_bgcolor=_CLEAR,
-        plot_bgcolor=_CLEAR,
-        margin={"l": 60, "r": 20, "t": 50, "b": 60},
-    )
+    return figure.update_layout(**_BLANK)
 
 
 def _place(panel: int, stacked: bool) -> tuple[int, int]:

@@ -11,10 +11,13 @@ from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from ..pruning.explore import overlap
+from . import charts
 from .colors import BLUE, GOOD, GREY, RECOVERED, VERMILLION, Style, of_criterion
 from .model import Curve, Row
 
 if TYPE_CHECKING:  # loads the engine
+    from ..pruning.explore import Choice
     from ..recovery.loop import Look
 
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -56,6 +59,45 @@ def saliency_map(scores: np.ndarray, criterion: str, keep: int | None = None) ->
     axes.set_title(f"share of its layer's {criterion}", loc="right")
     figure.colorbar(image, ax=axes, pad=0.02)
     return figure
+
+
+def keep_set(choice: Choice, criterion: str, other: Choice, other_criterion: str) -> Picture:
+    """What charts.keep_set draws, for where nothing draws Plotly's figures: exports, and pages that show outputs alone."""
+    scores = np.array(choice.entry["scores"], float)
+    share = np.take_along_axis(charts.layer_shares(scores), np.array(choice.entry["ranking"]), axis=1)
+    figure = Picture(figsize=(11, 4.2 + 0.16 * max(8, len(share))), layout="constrained")
+    panels = figure.subplot_mosaic("mmm;abc", height_ratios=[1.3, 1])
+    image = panels["m"].imshow(share, aspect="auto", cmap="viridis", norm=LogNorm())
+    kept = np.isin(np.array(choice.entry["ranking"]) + _apart(scores), choice.kept + _apart(scores))
+    panels["m"].scatter(*np.nonzero(kept)[::-1], s=16, color="white", edgecolor="black", linewidth=0.7)
+    panels["m"].set(xlabel="experts, best first", ylabel="layer")
+    figure.colorbar(image, ax=panels["m"], pad=0.01, label="share of its layer")
+    parts = ((overlap(choice.kept, other.kept), None), (choice.mass, other.mass), (choice.loss, other.loss))
+    for axes, (ours, theirs) in zip((panels[name] for name in "abc"), parts, strict=True):
+        if ours is not None:
+            axes.bar(range(len(ours)), ours, color=of_criterion(criterion).color, alpha=0.75, label=criterion)
+        if theirs is not None:
+            axes.hlines(
+                theirs, *_ends_of_bars(theirs), color=of_criterion(other_criterion).color, label=other_criterion
+            )
+        axes.set(xlabel="layer")
+    panels["a"].set_ylim(0, choice.kept.shape[1])
+    figure.legend(*panels["b"].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    for axes, title in zip(
+        panels.values(), charts.keep_set_titles(choice, criterion, other, other_criterion), strict=True
+    ):
+        axes.set_title(title)
+        _tidy(axes)
+    return figure
+
+
+def _apart(scores: np.ndarray) -> np.ndarray:
+    """[L, 1], to be added to ids: then no two layers share one."""
+    return np.arange(len(scores))[:, None] * scores.shape[1]
+
+
+def _ends_of_bars(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(values)) - 0.4, np.arange(len(values)) + 0.4
 
 
 def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
