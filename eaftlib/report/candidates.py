@@ -1,10 +1,11 @@
 """Pruned models and their verdicts: how they are grouped, which one is best, what a sentence says about them."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..evaluation.compare import Sample
-from ..evaluation.gates import EQUIVALENT, FAIL, PASS, UNDECIDED, Check, Gates, Verdict, judge
+from ..evaluation.gates import DIFFERENT, EQUIVALENT, FAIL, PASS, UNDECIDED, Check, Gates, Verdict, judge
 from ..evaluation.results import Result
 
 RECOVERED = "recovered"
@@ -66,9 +67,6 @@ class Candidate:
     def checks(self) -> tuple[Check, ...]:
         return self.verdict.checks
 
-    def status_at(self, seq_len: int) -> str:
-        return FAIL if any(c.status == FAIL for c in self.checks if c.seq_len == seq_len) else PASS
-
     @property
     def samples(self) -> dict[int, Sample]:
         """What the intervals rest on, by primary sequence length; without those that have none."""
@@ -76,16 +74,20 @@ class Candidate:
 
     @property
     def blocks_to_decide(self) -> dict[int, int]:
-        """By sequence length, how many blocks in all would decide every gate that is undecided and says so."""
+        """By sequence length, how many blocks in all would decide every gate that is undecided and says so.
+
+        Empty where one gate has decided against the candidate already.
+        """
         needed: dict[int, int] = {}
-        for check in self.checks:
+        for check in self.checks if self.evidence != DIFFERENT else ():
             if check.evidence == UNDECIDED and check.blocks_to_decide:
                 needed[check.seq_len] = max(needed.get(check.seq_len, 0), check.blocks_to_decide)
         return needed
 
     @property
-    def largest_dppl(self) -> float | None:
-        return max((c.value for c in self.checks if c.gate == "dPPL"), key=abs, default=None)
+    def worst_in_limits(self) -> float:
+        """The value that is the largest multiple of its limit, as that multiple; infinite where nothing was judged."""
+        return max((abs(c.value) / c.limit if c.limit > 0 else math.inf for c in self.checks), default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,11 @@ def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
 
 def nearest_of(candidates: Iterable[Candidate]) -> Candidate | None:
     """The one whose worst value is the smallest multiple of its limit."""
-
-    def worst(found: Candidate) -> tuple:
-        return max(abs(c.value) / c.limit if c.limit > 0 else float("inf") for c in found.checks), found.label
-
-    return min((c for c in candidates if c.checks), key=worst, default=None)
+    return min((c for c in candidates if c.checks), key=lambda c: (c.worst_in_limits, c.label), default=None)
 
 
 def grouped(candidates: Iterable[Candidate]) -> tuple[Group, ...]:
-    """By method. First those that pass with the fewest experts, then by their cost at as many experts as they have."""
+    """By method: first those that pass, with the fewest experts; then the one with the candidate nearest to passing."""
     methods: dict[str, list[Candidate]] = {}
     for found in candidates:
         methods.setdefault(found.method, []).append(found)
@@ -155,14 +153,13 @@ def grouped(candidates: Iterable[Candidate]) -> tuple[Group, ...]:
         Group(method, tuple(sorted(found, key=lambda c: (-(c.keep_n or 0), c.label))))
         for method, found in methods.items()
     ]
-    return tuple(sorted(groups, key=_passes_then_cost))
+    return tuple(sorted(groups, key=_passes_then_nearest))
 
 
-def _passes_then_cost(group: Group) -> tuple:
+def _passes_then_nearest(group: Group) -> tuple:
     best = best_of(group.candidates)
-    costs = [abs(c.largest_dppl) for c in group.candidates if c.largest_dppl is not None]
-    fewest = best.keep_n or float("inf") if best else float("inf")
-    return best is None, fewest, min(costs, default=float("inf")), group.method
+    fewest = best.keep_n or math.inf if best else math.inf
+    return best is None, fewest, min(c.worst_in_limits for c in group.candidates), group.method
 
 
 def headline(candidates: tuple[Candidate, ...], gates: Gates) -> str:
@@ -204,7 +201,10 @@ def _confirm(best: Candidate) -> str:
     if best.evidence == EQUIVALENT:
         return f"{best.label} passes and its differences are shown to be within the limits: it can be used as it is."
     if best.evidence is None:
-        return f"{best.label} passes on point values alone: evaluate it with per-token values to see how sure that is."
+        return (
+            f"{best.label} passes, but not every gate has an interval: evaluate it with per-token values, on more "
+            "conversations, to see how sure that is."
+        )
     needed = blocks_text(best.blocks_to_decide)
     with_blocks = f" {needed} would decide." if needed else ""
     return f"{best.label} passes, but its intervals reach past a limit: evaluate it on more blocks.{with_blocks}"

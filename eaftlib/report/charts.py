@@ -572,7 +572,7 @@ def _quadrants(figure: go.Figure, models: Sequence[dict], stacked: bool) -> None
 
 def _count_colors(largest: int, log: bool, stacked: bool) -> dict:
     ticks = np.arange(0, 10)
-    labels = {"tickvals": ticks, "ticktext": [f"{10 ** int(t):,}" for t in ticks]} if log else {}
+    labels = {"tickvals": ticks, "ticktext": [_short(10 ** int(t)) for t in ticks]} if log else {}
     bar = {
         "title": {"text": "tokens", "side": "bottom"},
         "x": 0.24 if stacked else 0.33,
@@ -586,6 +586,11 @@ def _count_colors(largest: int, log: bool, stacked: bool) -> dict:
     }
 
 
+def _short(count: int) -> str:
+    """10, 100, 1k: colour bars are narrow."""
+    return str(count) if count < 1000 else f"{count // 1000}k" if count < 1_000_000 else f"{count // 1_000_000}M"
+
+
 def _difference_colors(largest: float, log: bool, stacked: bool) -> dict:
     decades = (-1, 1) if stacked else range(-2, 3)  # of percentage points; a narrow bar has room for few
     points = [sign * 10.0**decade for decade in decades for sign in (-1, 1)]
@@ -596,7 +601,8 @@ def _difference_colors(largest: float, log: bool, stacked: bool) -> dict:
             "tickvals": np.arcsinh(np.array(ticks) / 100 / DIFFERENCE_UNIT),
             "ticktext": [f"{t:+g}" if t else "0" for t in ticks],
         }
-    bar = {"title": {"text": "difference, percentage points" if log else "difference", "side": "bottom"}}
+    unit = "points" if stacked else "percentage points"
+    bar = {"title": {"text": f"difference, {unit}" if log else "difference", "side": "bottom"}}
     bar |= {"x": 0.76 if stacked else 0.84, "len": 0.46 if stacked else 0.32}
     return {"colorscale": _DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": _lying(bar | labels)}
 

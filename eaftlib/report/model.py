@@ -212,7 +212,7 @@ def _rows(result: Result, base: Result, judged: Candidate, gates: Gates) -> list
     rows, comparisons = [], judged.verdict.comparisons
     for pack, seq_len in result.entries:
         if pack == gates.primary_pack and seq_len in comparisons:
-            comparison, gate = comparisons[seq_len], judged.status_at(seq_len)
+            comparison, gate = comparisons[seq_len], judged.verdict.status_at(seq_len)
         else:
             shared = (pack, seq_len) in base.entries
             comparison, gate = compare(result, base, pack, seq_len) if shared else None, ""

@@ -5,6 +5,8 @@ import json
 from . import charts
 from .model import Report
 
+# Viridis without its darkest third, in which a single token would not be seen on a dark page.
+_COUNTS_ON_DARK = [[0, "#355f8d"], [0.25, "#21918c"], [0.6, "#5ec962"], [1, "#fde725"]]
 # One token: a figure of every part that a real entry has.
 _EDGES = [0.0, 1.0]
 _ENTRY = {
@@ -33,7 +35,8 @@ def page_figures(report: Report) -> dict:
     if report.saliencies:
         found["saliency"] = _both(charts.saliency(*_first_ranking(report), best_first=False))
     templates = {name: charts.template(dark=name == "dark") for name in ("light", "dark")}
-    return _plain(found) | {"templates": _plain(templates), "difference_unit": charts.DIFFERENCE_UNIT}
+    fixed = {"difference_unit": charts.DIFFERENCE_UNIT, "counts_on_dark": _COUNTS_ON_DARK}
+    return _plain(found) | {"templates": _plain(templates)} | fixed
 
 
 def curve_captions(report: Report) -> dict[str, str]:

@@ -123,7 +123,7 @@ VERDICTS = [
     Column("trained", _trained),
     Column("bytes saved", lambda c: c.bytes_saved, ".1%"),
     Column("v1", lambda c: c.status),
-    Column("evidence", lambda c: c.evidence),
+    Column("evidence", lambda c: c.evidence or "not for every gate"),
     Column("beyond a limit", _reasons),
     Column("would decide", lambda c: blocks_text(c.blocks_to_decide)),
     Column("note", lambda c: "; ".join(c.verdict.warnings)),

@@ -464,7 +464,7 @@
   const FILLED = { landscapes, distributions, saliency };
 
   function isNarrow() {
-    return window.innerWidth < 760;
+    return window.innerWidth < 900;
   }
 
   /** A copy of the figure as it was made, to be filled. */
@@ -502,6 +502,7 @@
       else emptyHeat(figure.data[side]);
     });
     const most = Math.max(1, ...counts.filter(Boolean).map(largest));
+    if (isDark()) figure.layout.coloraxis.colorscale = figures.counts_on_dark;
     figure.layout.coloraxis.cmax = log ? Math.log10(most) || 1 : most;
     const why = whyNot(...pair);
     if (why) emptyHeat(figure.data[2]);
@@ -592,7 +593,7 @@
         draw(target);
       }
     },
-    { rootMargin: "200px" },
+    { rootMargin: "800px" },
   );
 
   async function draw(box) {
@@ -655,7 +656,10 @@
     return Object.entries(ids).filter(([id]) => byId(id));
   }
 
+  let printing = false;
+
   function isDark() {
+    if (printing) return false;
     return state.theme ? state.theme === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
   }
 
@@ -668,15 +672,26 @@
   }
 
   function render() {
+    document.documentElement.dataset.state = JSON.stringify(state);
     renderControls();
     renderBoard();
     renderPair();
     renderCharts();
   }
 
+  /** Paper is light. Charts that have not come into view are drawn if that takes no time, else left out. */
+  function print(event) {
+    printing = event.type === "beforeprint";
+    for (const box of document.querySelectorAll("[data-chart]")) {
+      if (plotly || seen.has(box)) seen.add(box) && draw(box);
+    }
+  }
+
   fillControls();
   window.addEventListener("hashchange", readFragment);
-  for (const query of ["(prefers-color-scheme: dark)", "(max-width: 759px)"]) window.matchMedia(query).addEventListener("change", render);
+  window.addEventListener("beforeprint", print);
+  window.addEventListener("afterprint", print);
+  for (const query of ["(prefers-color-scheme: dark)", "(max-width: 899px)"]) window.matchMedia(query).addEventListener("change", render);
   readFragment();
   if (window.location.hash && !window.location.hash.includes("=")) render();
 })();
