@@ -166,12 +166,8 @@ def keep_curve(curve: Curve, stacked: bool = False) -> go.Figure:
             known.add(trace.name)
         _gate_band(figure, panel, stacked, limit, scale)
         kept = sorted({r.keep_n for r in part} | {curve.num_experts})
-        figure.update_xaxes(
-            tickvals=kept,
-            range=[kept[0] - 1, kept[-1] + 1],
-            row=_place(panel, stacked)[0],
-            col=_place(panel, stacked)[1],
-        )
+        row, col = _place(panel, stacked)
+        figure.update_xaxes(tickvals=kept, range=[kept[0] - 1, kept[-1] + 1], row=row, col=col)
     figure.update_yaxes(**_cost_axis(curve.rows, max(curve.limits.values()), scale))
     _titles(figure, f"experts kept of {curve.num_experts}", "dPPL, asinh scale", stacked)
     return figure.update_layout(

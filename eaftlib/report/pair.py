@@ -33,7 +33,7 @@ class Pair:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells as text, in the order of HEADER; empty where a file does not have the value, no row where neither does."""
+        """The table's cells as text, in the order of HEADER; empty where a file lacks the value, no row where both do."""
         left, right = self._models
         found = self.comparison
         js2d = found.js2d
