@@ -39,7 +39,7 @@ from IPython.display import Markdown, display
 from eaftlib import params, project
 from eaftlib.evaluation.gates import read_gates
 from eaftlib.evaluation.results import read_all
-from eaftlib.report import figures, folder, model, tables
+from eaftlib.report import charts, figures, folder, model, tables
 from eaftlib.report.conflicts import worst_conflicts
 from eaftlib.report.saliency import read_saliencies
 
@@ -58,14 +58,22 @@ found = model.build(scored, p.baseline, limits, read_saliencies(p.rankings or ()
 files = folder.write(found, p.out_dir)
 print(found.headline, *files, sep="\n")
 
+# %%
+if shown := found.best or found.nearest:
+    display(charts.gates(shown))
+
 # %% [markdown]
-# **Read from it:** inside the green band a keep-set passes the perplexity gate. Where a line crosses it is how many experts that
-# criterion can spare. A star is a recovered model: pruned, then trained in its small tensors, so it stands on no criterion's line. Bars
-# are 90 % intervals.
+# **Read from it:** a gate passes where its bar ends in the shaded band. It is shown to hold where the whole line, the 90 % interval, lies
+# there too. Of JS2D the line is the estimate without bias, so it may lie beside the bar's end.
 
 # %%
 if found.curve:
     display(figures.keep_curve(found.curve))
+
+# %% [markdown]
+# **Read from it:** inside the green band a keep-set passes the perplexity gate. Where a line crosses it is how many experts that
+# criterion can spare. A star is a recovered model: pruned, then trained in its small tensors, so it stands on no criterion's line. Bars
+# are 90 % intervals.
 
 # %%
 display(Markdown(tables.markdown(found)))

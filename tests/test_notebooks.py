@@ -75,7 +75,7 @@ def test_the_chain_leaves_every_file_of_the_design(chain):
     out, _ = chain
     expected = {
         "rank": {"ranking.json", "saliency.parquet", "trace.safetensors"},
-        "report": {"report.html", "report.md", "results.csv", "verdict.json"},
+        "report": {"report.html", "report.md", "results.csv", "verdict.json", "figures"},
         "evaluate": {
             f"{m}{end}" for m in ("base", "mass-24", "random-8", "on-disk") for end in (".json", ".tokens.parquet")
         },

@@ -2,7 +2,6 @@
 
 import csv as csv_format
 import io
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from ..evaluation.compare import Comparison, Delta
 from ..evaluation.gates import FAIL, PASS, UNDECIDED, Check
 from .bars import FORMATS
 from .candidates import Candidate, Recovered, blocks_text, how_many_pass, none_passes
+from .markdown import plain
 from .model import Report, Row
 
 
@@ -201,26 +201,19 @@ VALUES = [
 def markdown(report: Report) -> str:
     """The verdicts, one table per pack and sequence length, and what to do next, in Markdown."""
     ordered = [candidate for group in report.groups for candidate in group.candidates]
-    parts = [f"# Pruning report: {escaped(report.gates.name)}", escaped(report.headline)]
+    parts = [f"# Pruning report: {plain(report.gates.name)}", plain(report.headline)]
     parts += ["## Verdicts", _markdown_table(VERDICTS, ordered)]
     for (pack, seq_len), rows in report.tables.items():
-        parts += [f"## {escaped(pack)}, {seq_len} tokens", _markdown_table(SCORES, rows)]
+        parts += [f"## {plain(pack)}, {seq_len} tokens", _markdown_table(SCORES, rows)]
     for title, lines in (("What next", report.next_steps), ("What the numbers mean", report.notes)):
         if lines:
-            parts.append(f"## {title}\n\n" + "\n".join(f"- {escaped(line)}" for line in lines))
+            parts.append(f"## {title}\n\n" + "\n".join(f"- {plain(line)}" for line in lines))
     return "\n\n".join(parts) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Text in Markdown that stays text: on one line, its markup harmless. Underscores within words need nothing."""
-    text = re.sub(r"\s+", " ", text)
-    text = re.sub(r"([\\`*\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=[#A-Za-z])", "&amp;", text))
 
 
 def _markdown_table(columns: list[Column], rows: Iterable) -> str:
     header = [[c.name for c in columns], ["---"] * len(columns)]
-    lines = [*header, *([escaped(c.text(r)).replace("|", r"\|") for c in columns] for r in rows)]
+    lines = [*header, *([plain(c.text(r)) for c in columns] for r in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
