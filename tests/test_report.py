@@ -24,10 +24,11 @@ from test_results import random_tokens, write
 
 from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
-from eaftlib.evaluation.gates import Gates, read_gates
+from eaftlib.evaluation.gates import Check, Gates, Verdict, read_gates
 from eaftlib.files import write_together
-from eaftlib.report import figures, model, page, tables
+from eaftlib.report import candidates, figures, model, page, tables
 from eaftlib.report import folder as report_folder
+from eaftlib.report.candidates import Candidate, Recovered
 
 GOLDEN = Path(__file__).parent / "golden" / "report"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -103,6 +104,58 @@ def test_the_files_agree_with_the_results(built, folder, tmp_path):
     verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert {m: v["verdict"] for m, v in verdict["models"].items()} == {"near-24": "PASS", "far-16": "FAIL"}
     assert verdict["best"] == "near-24"
+
+
+def judged(label, keep_n, checks, missing=(), criterion="reap_mass", recovered=None):
+    """A candidate with (gate, value in limits, evidence, blocks) at 64 tokens; its v1 answer follows from the values."""
+    made = tuple(
+        Check(gate, 64, value, 1.0, "PASS" if abs(value) <= 1 else "FAIL", (value, value), shown, blocks)
+        for gate, value, shown, blocks in checks
+    )
+    status = "FAIL" if any(c.status == "FAIL" for c in made) else "INCOMPLETE" if missing else "PASS"
+    answers = {c.evidence for c in made}
+    shown = next((a for a in ("DIFFERENT", "UNDECIDED", "EQUIVALENT") if a in answers), None)
+    verdict = Verdict(label, status, shown, made, missing, (), {})
+    return Candidate(label, criterion, keep_n, 32, recovered, None, None, {}, verdict)
+
+
+EQUAL, FAR = [("dPPL", 0.2, "EQUIVALENT", None)], [("dPPL", 3.0, "DIFFERENT", None)]
+OPEN = [("dPPL", 0.9, "UNDECIDED", 700), ("JS2D", 0.8, "UNDECIDED", 900), ("dCC", 0.0, "EQUIVALENT", None)]
+
+
+def test_blocks_that_decide_are_those_of_the_gate_that_needs_most():
+    assert judged("a", 24, OPEN).blocks_to_decide == {64: 900}
+    assert judged("a", 24, OPEN + FAR).blocks_to_decide == {}  # decided already
+
+
+def test_methods_that_pass_with_fewer_experts_come_first_then_those_nearest_to_passing():
+    found = [
+        judged("far", 24, FAR), judged("near", 20, [("dPPL", 1.5, "DIFFERENT", None)], criterion="ean"),
+        judged("small", 16, EQUAL, criterion="recon"), judged("large", 24, EQUAL, criterion="reap"),
+        judged("unknown", None, [], missing=(64,), criterion=None), judged("smaller", 12, FAR, criterion="recon"),
+    ]  # fmt: skip
+    groups = candidates.grouped(found)
+    assert [g.method for g in groups] == ["recon", "reap", "ean", "reap_mass", "other checkpoints"]
+    assert [c.label for c in groups[0].candidates] == ["small", "smaller"]
+    assert candidates.best_of(found).label == "small" and candidates.nearest_of(found).label in ("large", "small")
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ([judged("a", 24, EQUAL)], ["a passes and its differences are shown to be within the limits"]),
+        ([judged("a", 24, OPEN)], ["its intervals reach past a limit: evaluate it on more blocks. 900 blocks of 64 tokens"]),
+        ([judged("a", 24, EQUAL), judged("b", 16, FAR)], ["passes with 24 experts and fails with 16: try a count", "With 16"]),
+        ([judged("a", 24, EQUAL), judged("b", 23, FAR)], ["a passes", "With 23 experts nothing passes untrained"]),
+        ([judged("a", 24, FAR), judged("b", 20, OPEN, missing=(128,))], ["one candidate is undecided", "is missing for b"]),
+        ([judged("a", 24, FAR, recovered=Recovered(0.1, 5))], []),
+    ],
+)  # fmt: skip
+def test_what_comes_next_is_what_is_open(found, said):
+    steps = candidates.next_steps(tuple(found), GATES)
+    for words in said:
+        assert any(words in step for step in steps), (words, steps)
+    assert said or not steps
 
 
 def test_the_folder_holds_the_page_tables_and_pictures(built, tmp_path):

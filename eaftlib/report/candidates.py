@@ -134,7 +134,7 @@ def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
 
     def experts_then_cost(found: Candidate) -> tuple:
         # An earlier file does not say how many experts it has: it comes last.
-        return found.keep_n is None, found.keep_n or 0, max(c.ppl.value for c in found.verdict.comparisons.values())
+        return found.keep_n is None, found.keep_n or 0, max(c.value for c in found.checks if c.gate == "dPPL")
 
     return min((c for c in candidates if c.status == PASS), key=experts_then_cost, default=None)
 

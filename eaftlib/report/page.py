@@ -40,7 +40,6 @@ def html(report: Report) -> str:
         trust=trust(report),
         trust_columns=TRUST,
         missing_length=[c.label for c in report.candidates if c.verdict.missing],
-        entropy_topk=20,
         style=Markup(_template("report.css")),
         script=Markup(_template("report.js")),
         plotly=_plotly(),
