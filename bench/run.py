@@ -15,6 +15,7 @@ import cpu
 import gpu_kernels
 import gpu_passes
 import gpu_recovery
+import gpu_turing
 import torch
 from harness import ROOT, print_table, save
 from make_checkpoint import write_checkpoint
@@ -34,11 +35,13 @@ COMPARISONS = {
     "recover": lambda folder: (gpu_recovery.compare_recovery(full_shape(folder)), {}),
     "recover-gpus": lambda folder: (gpu_recovery.compare_gpus(full_shape(folder)), {}),
     "recover-profile": lambda folder: ([], {"recover-profile": gpu_recovery.profile_step(full_shape(folder))}),
+    "turing": lambda folder: (gpu_turing.compare_turing(full_shape(folder)), {}),
+    "turing-profile": lambda folder: ([], {"turing-profile": gpu_turing.profile_turing(full_shape(folder))}),
     "120b": lambda folder: ([], {"120b": gpu_passes.layers_of_120b(folder)}),
 }
 ON_CPU = ["evaluate"]
 ON_GPU = ["statistics", "divergence", "pass", "profile", "streamed", "recover", "recover-profile", "120b"]
-ON_GPU += ["experts", "attention", "decode"]
+ON_GPU += ["turing", "turing-profile", "experts", "attention", "decode"]
 ON_GPUS = [*ON_GPU, "gpus", "recover-gpus"]
 
 

@@ -88,12 +88,13 @@ print(
 #
 # Per kept token its probability and entropy; per routed pair the expert, its router weight and the norm of its output.
 # Criteria, weights and quantiles can be changed afterwards without the model: `Trace.load(...)`. For `recon`, the same pass runs
-# all experts on a sample of tokens.
+# all experts on a sample of tokens. A run that was killed goes on from its last minute.
 
 # %%
 recon_tokens = p.recon_tokens if "recon" in p.criteria else 0
-trace, run = record(checkpoint, blocks, placement, entropy_topk=p.entropy_topk, recon_tokens=recon_tokens)
-trace.save(Path(p.out_dir) / "trace.safetensors")
+trace, run = record(
+    checkpoint, blocks, placement, entropy_topk=p.entropy_topk, recon_tokens=recon_tokens, out_dir=Path(p.out_dir)
+)
 print(f"{run.seconds:.1f} s, {run.tokens_per_second:,.0f} tokens/s; {trace.expert.size:,} routed pairs")
 
 # %%

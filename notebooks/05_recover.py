@@ -86,7 +86,7 @@ p = params.Recover.from_notebook(get_ipython())
 
 # %%
 checkpoint = Checkpoint(p.model)
-placement = place(p.device, p.dtype, p.max_gpu_memory)
+placement = place(p.device, p.dtype, p.max_gpu_memory, training=True)
 keep = keepsets.from_ranking(checkpoint, **p.keep_set)
 print(
     f"{keep.keep_n} of {checkpoint.num_experts} experts in each of {checkpoint.num_layers} layers, by {p.criterion}, on {placement}"

@@ -229,7 +229,9 @@ def test_placement(monkeypatch):
         devices.place("cpu", "fp8")
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "capability, dtype", [((6, 0), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
 def test_a_gpu_runs_in_bfloat16_only_where_it_has_it(monkeypatch, capability, dtype):
     fake = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
     fake.get_device_capability = lambda device: capability

@@ -1,17 +1,20 @@
 """Verdicts on hand-made results at, just under and just over each limit."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_results import random_tokens
+from test_results import random_tokens, write
 
 from eaftlib.errors import ParameterError, ResultError
 from eaftlib.evaluation import gates as module
 from eaftlib.evaluation.compare import Delta
+from eaftlib.evaluation.divergence import JS2D
 from eaftlib.evaluation.gates import Gates, judge, read_gates, saw_its_rows, trained_on_its_rows
-from eaftlib.evaluation.results import Result
+from eaftlib.evaluation.results import Result, read
 from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.evaluation.statistics import aggregate
 
@@ -69,7 +72,7 @@ def test_the_perplexity_limit_is_the_smaller_of_two(gates, base, limit):
 
 def test_an_equal_model_passes(gates):
     verdict = judge(result("c"), result("b"), gates)
-    assert verdict.status == "PASS" and verdict.reasons == ()
+    assert verdict.status == "PASS" and verdict.warnings == verdict.missing == ()
     assert [(c.gate, c.seq_len) for c in verdict.checks] == [
         (gate, s) for s in SEQ_LENS for gate in ("dPPL", "dCC", "d mean p", "JS2D")
     ]
@@ -129,27 +132,8 @@ def test_divergence_gate(gates, moved):
     count = round(moved * 1_000_000)
     candidate = result("c", hist2d_x_H=histogram({18999: count, 19000: 1_000_000 - count}))
     expected = "PASS" if js_of_moved_share(moved) <= 0.02 else "FAIL"
-    assert judge(candidate, result("b"), gates).comparisons[1024].js2d == pytest.approx(js_of_moved_share(moved))
+    assert judge(candidate, result("b"), gates).comparisons[1024].js2d.value == pytest.approx(js_of_moved_share(moved))
     assert status(gates, candidate, result("b"), "JS2D") == expected == status(gates, candidate, result("b"))
-
-
-@pytest.mark.parametrize("js2d, floor, expected", [
-    (0.02, 0.5, "PASS"),
-    (0.0199, 0.0, "PASS"),
-    (0.03, 0.01, "UNDECIDED"),
-    (0.03, 0.02, "UNDECIDED"),
-    (0.03, 0.009, "FAIL"),
-    (0.0201, 0.0, "FAIL"),
-])  # fmt: skip
-def test_divergence_above_the_limit_by_no_more_than_its_floor_decides_nothing(
-    gates, monkeypatch, js2d, floor, expected
-):
-    compare = module.compare
-    monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), js2d=js2d, js2d_floor=floor))
-    verdict = judge(result("c"), result("b"), gates)
-    assert verdict.status == expected
-    if expected == "UNDECIDED":
-        assert "too few tokens to decide" in verdict.reasons[0] and f"{floor:.4f}" in verdict.reasons[0]
 
 
 NAN = float("nan")
@@ -159,9 +143,8 @@ NAN = float("nan")
     ("dPPL", {"ppl": Delta(NAN, None)}),
     ("dCC", {"cc": Delta(NAN, (0.0, 0.0))}),
     ("d mean p", {"mean_prob": Delta(NAN, None)}),
-    ("JS2D", {"js2d": NAN, "js2d_floor": 0.0}),
-    ("JS2D", {"js2d": NAN, "js2d_floor": NAN}),
-    ("JS2D", {"js2d": 0.03, "js2d_floor": NAN}),
+    ("JS2D", {"js2d": JS2D(NAN, None, None, 0.0)}),
+    ("JS2D", {"js2d": JS2D(NAN, NAN, (NAN, NAN), NAN)}),
 ])  # fmt: skip
 def test_a_value_that_is_no_number_never_passes(gates, monkeypatch, gate, changes):
     compare = module.compare
@@ -178,11 +161,61 @@ def test_a_limit_that_is_no_number_never_passes(gates, name):
 
 
 @pytest.mark.parametrize("interval", [(NAN, NAN), (NAN, 0.1), (-0.1, NAN), (-0.3, 0.1), (0.1, 0.3)])
-def test_a_pass_whose_interval_is_not_within_the_limit_says_so(gates, monkeypatch, interval):
+def test_a_pass_whose_interval_is_not_within_the_limit_is_not_shown(gates, monkeypatch, interval):
     compare = module.compare
     monkeypatch.setattr(module, "compare", lambda *a: replace(compare(*a), ppl=Delta(0.0, interval)))
     verdict = judge(result("c"), result("b"), gates)
-    assert verdict.status == "PASS" and "dPPL at 1024 passes, but its interval [" in verdict.reasons[0]
+    assert verdict.status == "PASS" and verdict.checks[0].evidence == "UNDECIDED"
+
+
+@pytest.mark.parametrize("value, interval, limits, shown, blocks", [
+    (0.0, (-0.1, 0.1), (-0.25, 0.25), "EQUIVALENT", None),
+    (0.2, (0.15, 0.25), (-0.25, 0.25), "EQUIVALENT", None),  # on the limit
+    (0.2, (0.15, 0.26), (-0.25, 0.25), "UNDECIDED", 144),  # 0.06 above to fit into 0.05: 1.44 times as many
+    (-0.2, (-0.3, -0.1), (-0.25, 0.25), "UNDECIDED", 400),  # 0.1 into 0.05
+    (0.3, (0.2, 0.4), (-0.25, 0.25), "UNDECIDED", 400),  # 0.1 below, to be above the limit by 0.05
+    (-0.3, (-0.4, -0.1), (-0.25, 0.25), "UNDECIDED", 1600),  # 0.2 above
+    (0.3, (0.26, 0.4), (-0.25, 0.25), "DIFFERENT", None),
+    (-0.3, (-0.4, -0.26), (-0.25, 0.25), "DIFFERENT", None),
+    (0.25, (0.2, 0.3), (-0.25, 0.25), "UNDECIDED", None),  # on the limit: no number of blocks
+    (0.2499, (0.1, 0.4), (-0.25, 0.25), "UNDECIDED", None),  # more than a thousand times as many
+    (0.0, (-0.4, 0.4), (-0.25, 0.25), "UNDECIDED", 256),
+    (-0.001, (-0.01, 0.01), (-math.inf, 0.02), "EQUIVALENT", None),  # a divergence has no lower limit
+    (0.01, (0.0, 0.03), (-math.inf, 0.02), "UNDECIDED", 400),
+    (NAN, (NAN, NAN), (-0.25, 0.25), "UNDECIDED", None),
+    (0.0, None, (-0.25, 0.25), None, None),
+])  # fmt: skip
+def test_evidence_by_hand(value, interval, limits, shown, blocks):
+    assert module.evidence(value, interval, *limits, 100) == (shown, blocks)
+
+
+@pytest.mark.parametrize("answers, combined", [
+    (["EQUIVALENT", "EQUIVALENT"], "EQUIVALENT"),
+    (["EQUIVALENT", "UNDECIDED"], "UNDECIDED"),
+    (["EQUIVALENT", "UNDECIDED", "DIFFERENT"], "DIFFERENT"),
+    (["EQUIVALENT", None, "DIFFERENT"], "DIFFERENT"),
+    (["EQUIVALENT", None], None),
+    (["UNDECIDED", None], None),
+    ([], None),
+])  # fmt: skip
+def test_all_must_be_equivalent_and_one_that_differs_decides(answers, combined):
+    assert module._combined(answers) == combined
+
+
+def test_a_model_is_equivalent_to_itself_and_another_is_not(gates, tmp_path):
+    """Forty conversations over eight blocks; the other model's tokens are all a quarter harder."""
+    tokens = {("UNION", s): replace(random_tokens(seed=s), row=np.arange(400, dtype=np.int32) // 10) for s in SEQ_LENS}
+    worse = {key: replace(part, nll=(part.nll * 1.25).astype(np.float32)) for key, part in tokens.items()}
+    base, same, other = (
+        read(write(tmp_path, label, part)) for label, part in (("b", tokens), ("c", tokens), ("d", worse))
+    )
+    found = judge(same, base, gates)
+    assert (found.status, found.evidence) == ("PASS", "EQUIVALENT")
+    found = judge(other, base, gates)
+    assert (found.status, found.evidence) == ("FAIL", "DIFFERENT")
+    by_gate = {c.gate: c for c in found.checks if c.seq_len == 1024}
+    assert by_gate["dPPL"].evidence == by_gate["d mean p"].evidence == "DIFFERENT"
+    assert by_gate["dPPL"].interval[0] < by_gate["dPPL"].value < by_gate["dPPL"].interval[1]
 
 
 def test_an_empty_histogram_is_an_error_and_no_pass(gates):
@@ -191,7 +224,7 @@ def test_an_empty_histogram_is_an_error_and_no_pass(gates):
         judge(empty, result("b"), gates)
 
 
-@pytest.mark.parametrize("found, expected, reasons", [
+@pytest.mark.parametrize("found, expected, warnings", [
     ("bfloat16", "float32", ("scored in bfloat16, the baseline in float32",)),
     ("float32", "bfloat16", ("scored in float32, the baseline in bfloat16",)),
     ("float32", "float32", ()),
@@ -199,20 +232,22 @@ def test_an_empty_histogram_is_an_error_and_no_pass(gates):
     ("float32", None, ()),
     (None, None, ()),
 ])  # fmt: skip
-def test_a_candidate_scored_in_another_type_is_marked(gates, found, expected, reasons):
+def test_a_candidate_scored_in_another_type_is_marked(gates, found, expected, warnings):
     candidate, baseline = (
         result(label, meta={"dtype": dtype} if dtype else {}) for label, dtype in (("c", found), ("b", expected))
     )
-    assert judge(candidate, baseline, gates).reasons == reasons
+    assert judge(candidate, baseline, gates).warnings == warnings
 
 
-def test_a_small_evaluation_cannot_decide(gates):
+def test_a_small_evaluation_shows_nothing(gates):
     """100 tokens spread over 150 cells: the divergence is large, and so is its floor."""
     spread = {"kept_tokens": 100}
     candidate = result("c", hist2d_x_H=histogram({i: 1 for i in range(8000, 8100)}), **spread)
     baseline = result("b", hist2d_x_H=histogram({i: 1 for i in range(8050, 8150)}), **spread)
     verdict = judge(candidate, baseline, gates)
-    assert verdict.status == "UNDECIDED" and verdict.comparisons[1024].js2d > 0.3
+    assert verdict.status == "FAIL" and verdict.evidence is None
+    js2d = verdict.comparisons[1024].js2d
+    assert js2d.value > 0.3 and js2d.floor > 0.3 and js2d.interval is None
 
 
 def test_one_length_that_fails_is_enough(gates):
@@ -220,14 +255,18 @@ def test_one_length_that_fails_is_enough(gates):
     candidate.content["packs"][0]["seq"]["2048"]["model"]["ppl"] = 9.0
     verdict = judge(candidate, result("b"), gates)
     assert verdict.status == "FAIL"
-    assert verdict.reasons == ("dPPL at 2048: +1.000, limit 0.250",)
+    failed = [(c.gate, c.seq_len, c.value, c.limit) for c in verdict.checks if c.status == "FAIL"]
+    assert failed == [("dPPL", 2048, 1.0, 0.25)]
     assert (verdict.status_at(1024), verdict.status_at(2048)) == ("PASS", "FAIL")
 
 
-@pytest.mark.parametrize("candidate, baseline", [((1024,), SEQ_LENS), (SEQ_LENS, (2048,)), ((512,), SEQ_LENS)])
-def test_a_missing_primary_length_is_never_a_pass(gates, candidate, baseline):
+@pytest.mark.parametrize(
+    "candidate, baseline, missing",
+    [((1024,), SEQ_LENS, (2048,)), (SEQ_LENS, (2048,), (1024,)), ((512,), SEQ_LENS, SEQ_LENS)],
+)
+def test_a_missing_primary_length_is_never_a_pass(gates, candidate, baseline, missing):
     verdict = judge(result("c", candidate), result("b", baseline), gates)
-    assert verdict.status == "INCOMPLETE" and "is missing for" in verdict.reasons[0]
+    assert verdict.status == "INCOMPLETE" and verdict.missing == missing and verdict.evidence is None
 
 
 def test_a_missing_primary_pack_is_never_a_pass(gates):
@@ -236,7 +275,7 @@ def test_a_missing_primary_pack_is_never_a_pass(gates):
 
 def test_a_failure_is_a_failure_although_a_length_is_missing(gates):
     verdict = judge(result("c", (1024,), ppl=20.0), result("b"), gates)
-    assert verdict.status == "FAIL" and any("2048 is missing for c" in r for r in verdict.reasons)
+    assert verdict.status == "FAIL" and verdict.missing == (2048,)
 
 
 @pytest.mark.parametrize("seq_len", SEQ_LENS)
@@ -267,7 +306,7 @@ earlier_and_judged_rows = pytest.mark.parametrize(
 def test_a_candidate_judged_on_rows_that_chose_its_experts_is_marked(gates, earlier_rows, rows, saw):
     candidate = result("c", meta={"rows": rows, "keep_set": {"ranking_rows": earlier_rows}})
     assert saw_its_rows(candidate) == saw
-    assert any("chosen on rows" in r for r in judge(candidate, result("b"), gates).reasons) == saw
+    assert any("chosen on rows" in w for w in judge(candidate, result("b"), gates).warnings) == saw
 
 
 @earlier_and_judged_rows
@@ -276,8 +315,8 @@ def test_a_candidate_judged_on_rows_that_it_was_trained_on_is_marked(gates, earl
     recovered = {"parameters_share": 0.1, "tokens": 9, "text": {"rows": earlier_rows}}
     for ranking_rows in ("calib", "eval"):
         meta = {"rows": rows, "keep_set": {"ranking_rows": ranking_rows}, "recovered": recovered}
-        reasons = judge(result("c", meta=meta), result("b"), gates).reasons
-        assert ("it may have been trained on rows that it is judged on" in reasons) == saw
+        warnings = judge(result("c", meta=meta), result("b"), gates).warnings
+        assert ("it may have been trained on rows that it is judged on" in warnings) == saw
 
 
 def test_a_whole_model_saw_no_rows():

@@ -10,10 +10,16 @@ any device, with gradients. Full layers use the causal kernel. Sliding layers cu
 of which sees its own and the previous chunk's keys: work is linear in the sequence.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+from ..kernels import rotary
+from .half import Narrowing, multiply
 
 NAME = "sinks_as_keys"
 _ALIGNMENT = 8  # fused kernels want head sizes in multiples of 8
@@ -47,6 +53,46 @@ class FusedAttention(GptOssAttention):
         query, key = rotate(query, key, cos[0], sin[0])
         output = attention(query, key, value, self.sinks, self.scaling, self.sliding_window or query.shape[1])
         return self.o_proj(output.flatten(2)), None
+
+
+class HalfAttention(GptOssAttention):
+    """transformers' module with float16 operands in all of its products; float32 hidden states come and go.
+
+    On a GPU the products of queries, keys and values are PyTorch's memory-efficient kernel's, which Turing has too.
+    """
+
+    narrowing: Narrowing
+    rotate = staticmethod(rotary.rotate)
+
+    @classmethod
+    def of(cls, stock: GptOssAttention, rotate: Callable = rotary.rotate) -> "HalfAttention":
+        """What takes the place of transformers' module in a layer that has no weights yet; rotate: as ``kernels.rotary``'s."""
+        with torch.device("meta"):
+            module = cls(stock.config, stock.layer_idx)
+        module.rotate = rotate
+        return module
+
+    def forward(self, hidden_states, position_embeddings, **_):
+        """hidden_states [B, S, H], position_embeddings (cos, sin) each [1, S, D / 2] -> ([B, S, H], None)."""
+        x = self.narrowing.narrow("hidden states entering attention", hidden_states.flatten(0, 1))
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (_project(proj, x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = position_embeddings
+        query, key = self.rotate(query, key, cos[0], sin[0])
+        named = (("queries", query), ("keys", key), ("values", value))
+        heads = [self.narrowing.narrow(name, x).transpose(1, 2) for name, x in named]
+        if any(x.dtype == torch.float32 for x in heads):
+            heads = [x.float() for x in heads]
+        if heads[0].is_cuda:  # with a mask or without, this kernel takes no groups of heads
+            heads[1:] = [x.repeat_interleave(heads[0].shape[1] // x.shape[1], dim=1) for x in heads[1:]]
+        sinks = self.sinks.to(heads[0].dtype)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            output, _ = attention_with_sinks(self, *heads, None, self.scaling, 0.0, self.sliding_window, sinks)
+        return _project(self.o_proj, output.flatten(0, 1).flatten(1)).view(hidden_states.shape), None
+
+
+def _project(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return multiply(x, linear.weight.T).add_(linear.bias)
 
 
 def attention_with_sinks(

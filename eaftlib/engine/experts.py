@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
 from ..kernels import expert_activation, expert_combination
+from .half import HALF, multiply
 
-BY_EXPERT, GROUPED = "measured_by_expert", "measured_grouped"
+BY_EXPERT, GROUPED, HALVES = "measured_by_expert", "measured_grouped", "measured_halves"
 
 
 def id_type(num_experts: int) -> torch.dtype:
@@ -188,6 +189,30 @@ def by_expert(self, hidden_states, top_k_index, top_k_weights, measure):
         return combined, None, None
     measured = outputs.float()
     return combined, torch.linalg.vector_norm(measured, dim=-1), measured.abs().amax(-1)
+
+
+def halves(self, hidden_states, top_k_index, top_k_weights, measure, between=Between()):
+    """As ``grouped``, without gradients: products of float16 operands an expert at a time, all else in float32.
+
+    The module carries ``narrowing``.
+    """
+    routing = _Routing.of(top_k_index, self.num_experts)
+    ends = routing.ends.tolist()
+    x = self.narrowing.narrow("hidden states entering the experts", hidden_states)[routing.token_of_row]
+    gate_up = _by_rows(x, self.gate_up_proj, ends)
+    activated = between.activate(gate_up, self.gate_up_proj_bias, routing.expert, self.limit, self.alpha, HALF)
+    del gate_up
+    outputs = _by_rows(activated, self.down_proj, ends)
+    return between.combine(outputs, routing.row_of_pair, top_k_index, top_k_weights, self.down_proj_bias, measure)
+
+
+def _by_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """float32 [P, M]: rows [P, K], those of each expert together, times its matrix of [E, K, M]."""
+    out = rows.new_empty(len(rows), matrices.shape[2], dtype=torch.float32)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            multiply(rows[start:end], matrices[expert], out=out[start:end])
+    return out
 
 
 ExpertsInterface.register(BY_EXPERT, measured(by_expert))

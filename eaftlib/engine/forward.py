@@ -14,6 +14,8 @@ from ..text.packs import Blocks
 from . import observers, ranks
 from .experts import ExpertTrace
 from .grams import Grams, GramTrace
+from .journal import Journal
+from .placement import Placement
 from .traversal import Traversal
 from .variants import Variant
 from .weights import Weights
@@ -38,7 +40,7 @@ class Pass:
 
     variants: list[TokenStatistics]
     seconds: float
-    tokens_per_second: float  # positions run through the model, all keep-sets and ranks together, per second
+    tokens_per_second: float  # positions that this run took through the model, all keep-sets and ranks together
     peak_device_bytes: int | None
     experts: ExpertTrace | None  # of the recorded positions, where it was asked for
     grams: GramTrace | None  # of the sampled positions, likewise
@@ -52,6 +54,7 @@ def score(
     entropy_topk: int = 20,
     record_experts: bool = False,
     gram_tokens: int = 0,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Pass:
     """Run every block through the model, once per keep-set, and return the statistics of its kept tokens.
@@ -59,8 +62,9 @@ def score(
     keep_sets: for each variant None (the whole model) or bool [num_layers, num_experts], false where no token may be
     routed. record_experts: also return what every expert did at ``recorded_positions``; only with a single keep-set.
     gram_tokens: likewise what all experts would have done at that many sampled positions, see ``grams.Grams``. Where
-    several ranks run, each takes its share of the micro-batches and all return the whole. Raises ScoringError at a token
-    without finite statistics, or where one block alone exceeds the memory; ParameterError where the Grams exceed it.
+    several ranks run, each takes its share of the micro-batches and all return the whole. journal: as Traversal's.
+    Raises ScoringError at a token without finite statistics, or where one block alone exceeds the memory; ParameterError
+    where the Grams exceed it.
     """
     if (record_experts or gram_tokens) and len(keep_sets) != 1:
         raise ValueError("experts are recorded for one model: pass a single keep-set")
@@ -73,6 +77,7 @@ def score(
         entropy_topk=entropy_topk,
         record_experts=record_experts,
         gram_tokens=gram_tokens,
+        journal=journal,
         progress=progress,
     )
 
@@ -87,6 +92,7 @@ def score_variants(
     entropy_topk: int = 20,
     record_experts: bool = False,
     gram_tokens: int = 0,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> Pass:
     """As ``score``, of any variants. base: which of them is the whole model, if others are to be compared with it."""
@@ -94,7 +100,7 @@ def score_variants(
     statistics = observers.TokenStatistics(weights, blocks, variants, base, entropy_topk)
     experts = observers.Experts(weights, blocks) if record_experts else None
     grams = Grams(weights, blocks, gram_tokens) if gram_tokens else None
-    run = Traversal(weights, blocks, variants, [x for x in (statistics, experts, grams) if x])
+    run = Traversal(weights, blocks, variants, [x for x in (statistics, experts, grams) if x], journal)
     if weights.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(weights.device)
     started = time.perf_counter()
@@ -104,7 +110,7 @@ def score_variants(
     traces = [observer and observer.trace for observer in (experts, grams)]
     ranks.add_up([statistics.values, *(tensor for trace in traces if trace for tensor in trace.tensors)])
     seconds = ranks.largest(time.perf_counter() - started)
-    rate = blocks.tokens.size * len(variants) / seconds
+    rate = ranks.total(run.share()) / seconds
     peak = torch.cuda.max_memory_allocated(weights.device) if weights.device.type == "cuda" else None
     return Pass([_token_statistics(v) for v in statistics.values], seconds, rate, peak, *traces)
 
@@ -117,6 +123,13 @@ def check_request(checkpoint: Checkpoint, seq_lens: Iterable[int], entropy_topk:
             raise ParameterError(f"seq_lens: found {length}, expected 2 to {longest}, the model's longest context")
     if not 2 <= entropy_topk <= vocabulary:
         raise ParameterError(f"entropy_topk: found {entropy_topk}, expected 2 to {vocabulary}, the vocabulary")
+
+
+def gpu_names(placement: Placement) -> str | None:
+    """Of all ranks, each kind once; None on a CPU."""
+    if placement.device.type == "cpu":
+        return None
+    return ", ".join(sorted(set(ranks.gather(torch.cuda.get_device_name(placement.device)))))
 
 
 def _name(blocks: Blocks, variants: Sequence[Variant]) -> str:

@@ -60,6 +60,10 @@ class Grams(Observer):
         self.pairs = PAIRS_AT_ONCE[weights.device.type]
         self.trace = GramTrace.empty(checkpoint.num_layers, int(self.sampled.sum()), checkpoint.num_experts)
 
+    def noted(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        rows = slice(self.sampled_before[first], self.sampled_before[end])
+        return {"grams": self.trace.grams[:, rows], "logits": self.trace.logits[:, rows]}
+
     def shrink(self) -> None:
         self.pairs = max(1, self.pairs // 2)
 

@@ -35,6 +35,10 @@ class Observer:
     def collect(self, blocks: torch.Tensor, hidden: Sequence[torch.Tensor]) -> None:
         """A micro-batch has passed all layers: hidden [B, S, H] after the final norm, of each variant."""
 
+    def noted(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        """Host tensors, by name, that hold what was noted of the blocks from ``first`` up to ``end``: to keep, or to fill."""
+        raise NotImplementedError
+
     def shrink(self) -> None:
         """Memory has run out: from now on take half as much at once."""
 
@@ -54,6 +58,9 @@ class TokenStatistics(Observer):
         self.kept_before = before(self.kept)
         self.slice = kernel.slice_rows(weights.lm_head.shape[0], weights.device)  # tokens with logits at once
         self.values = torch.zeros(len(variants), 2 if base is None else 4, int(self.kept.sum()))
+
+    def noted(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        return {"values": self.values[..., self.kept_before[first] : self.kept_before[end]]}
 
     def shrink(self) -> None:
         self.slice = max(1, self.slice // 2)
@@ -115,6 +122,10 @@ class Experts(Observer):
             checkpoint.num_layers, int(self.recorded.sum()), checkpoint.top_k, checkpoint.num_experts, weights.device
         )
 
+    def noted(self, first: int, end: int) -> dict[str, torch.Tensor]:
+        rows = slice(self.recorded_before[first], self.recorded_before[end])
+        return {name: getattr(self.trace, name)[:, rows] for name in ("expert", "gate", "norm", "peak")}
+
     @contextmanager
     def around(self, step: Step, layer: nn.Module) -> Iterator[None]:
         if step.layer not in self.moe:
@@ -137,6 +148,5 @@ def recorded_positions(blocks: Blocks) -> np.ndarray:
 
 
 def before(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [num_blocks]: how many positions of ``mask`` lie in earlier blocks."""
-    counts = mask.sum(1)
-    return counts.cumsum(0) - counts
+    """int64 [num_blocks + 1]: how many positions of ``mask`` lie in earlier blocks; the last counts them all."""
+    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))

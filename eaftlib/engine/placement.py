@@ -40,9 +40,13 @@ class Placement:
 
 
 def place(
-    device: str = "auto", dtype: str = "auto", max_gpu_memory: float | None = None, backend: str = "auto"
+    device: str = "auto",
+    dtype: str = "auto",
+    max_gpu_memory: float | None = None,
+    backend: str = "auto",
+    training: bool = False,
 ) -> Placement:
-    """Resolve ``auto``: every GPU there is, else the CPU; bfloat16 where the hardware computes it, else float32.
+    """Resolve ``auto``: every GPU there is, else the CPU; types as ``precision.resolve`` chooses them.
 
     max_gpu_memory: in GB of 10^9 bytes, of each GPU. Of processes that a launcher started, each takes its own GPU.
     """
@@ -59,7 +63,7 @@ def place(
         raise ParameterError(f"device: {device!r} was asked for, but PyTorch sees no GPU. Use 'auto' or 'cpu'.")
     used = [torch.device("cuda", i) for i in range(processes)] if processes > 1 else [resolved]
     max_bytes = None if max_gpu_memory is None or resolved.type == "cpu" else int(max_gpu_memory * 1e9)
-    return Placement(resolved, precision.resolve(dtype, used), reason, max_bytes, backend, processes)
+    return Placement(resolved, precision.resolve(dtype, used, training), reason, max_bytes, backend, processes)
 
 
 def take(placement: Placement) -> None:

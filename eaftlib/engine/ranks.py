@@ -47,6 +47,13 @@ def largest(value: float) -> float:
     return tensor.item()
 
 
+def total(value: float) -> float:
+    """The sum of the ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64)
+    add_up([tensor])
+    return tensor.item()
+
+
 def gather(value: str) -> list[str]:
     """Every rank's value."""
     size = current()[1]

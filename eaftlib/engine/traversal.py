@@ -11,6 +11,7 @@ from ..errors import ScoringError
 from ..text.packs import Blocks
 from . import ranks
 from .hidden_states import InHostMemory, OnDevice
+from .journal import Journal, Part
 from .observers import Observer, Step
 from .placement import free_bytes
 from .variants import Variant
@@ -20,6 +21,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Likewise on the way back, where what layers computed waits for its gradient; 4,096 tokens of gpt-oss's 2,880.
 TRAINING_VALUES = {"cpu": 1 << 19, "cuda": 4096 * 2880}  # of hidden states at once
 DEVICE_SHARE = 0.25  # of free GPU memory that waiting hidden states may take
+WAVE_TOKENS = 1 << 19  # of all variants in a wave that a journal waits for: 5 minutes of a T4, 10 seconds of an H100
 HOST_SHARE = 0.4  # of free host memory, likewise; pinned memory comes in powers of two, so it may take twice that
 
 States = OnDevice | InHostMemory
@@ -36,9 +38,15 @@ class Traversal:
     """
 
     def __init__(
-        self, weights: Weights, blocks: Blocks, variants: Sequence[Variant], observers: Sequence[Observer] = ()
+        self,
+        weights: Weights,
+        blocks: Blocks,
+        variants: Sequence[Variant],
+        observers: Sequence[Observer] = (),
+        journal: Journal | None = None,
     ):
-        self.weights, self.variants, self.observers = weights, variants, observers
+        """journal: what an earlier run has noted there is not computed again; what this one finishes is kept there."""
+        self.weights, self.variants, self.observers, self.journal = weights, variants, observers, journal
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.device, self.seq_len = weights.device, blocks.seq_len
         at_once = MICRO_BATCH_TOKENS[self.device.type]
@@ -47,15 +55,23 @@ class Traversal:
         at_once = min(at_once, weights.room.tokens or at_once)
         self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
         self.positions = torch.arange(self.seq_len, device=self.device)[None]
+        self._batches = self._left() if journal else self._my_batches()
 
     def share(self) -> int:
         """Tokens of this rank's blocks, all variants together."""
-        return sum(map(len, self._my_batches())) * self.seq_len * len(self.variants)
+        return sum(map(len, self._batches)) * self.seq_len * len(self.variants)
 
     def forward(self) -> Iterator[int]:
         """Run this rank's blocks; yields the tokens of each micro-batch, once for every layer and variant."""
-        for wave in self._waves(len(self.variants)):
-            yield from self._forward_wave(wave)
+        try:
+            for wave in self._waves(len(self.variants)):
+                yield from self._forward_wave(wave)
+                if self.journal:
+                    self.journal.add(Part(int(wave[0]), int(wave[-1]) + 1), self.observers)
+        except KeyboardInterrupt:  # a person's, or a deadline's
+            if self.journal:
+                self.journal.flush(self.observers)
+            raise
 
     def backward(self, loss: Loss) -> Iterator[int]:
         """Add the gradients of a loss to ``grad`` of what the last variant trains; yields as ``forward``, on both ways.
@@ -168,14 +184,30 @@ class Traversal:
         first, last = (-(-r * len(batches) // size) for r in (rank, rank + 1))  # rounded up
         return list(batches[first:last])
 
-    def _waves(self, at_once: int) -> list[torch.Tensor]:
-        """Ids of the blocks of each wave, in order; at_once: how many hidden states of a block wait at a time."""
+    def _left(self) -> list[torch.Tensor]:
+        """Micro-batches that the journal lacks, or has in part only."""
         batches = self._my_batches()
+        if not batches:
+            return batches
+        done = torch.zeros(len(self.tokens), dtype=torch.bool)
+        for part in self.journal.restore(Part(int(batches[0][0]), int(batches[-1][-1]) + 1), self.observers):
+            done[part.first : part.end] = True
+        return [batch for batch in batches if not done[batch].all()]
+
+    def _waves(self, at_once: int) -> list[torch.Tensor]:
+        """Ids of each wave's blocks, a run of them, in order; at_once: how many hidden states of a block wait at a time."""
+        batches = self._batches
         if self.weights.resident or not batches:
             return batches
         room = HOST_SHARE * free_bytes(torch.device("cpu")) / ranks.on_this_host()
         per_wave = max(1, int(room // self._state_bytes(len(batches[0]), at_once)))
-        return [torch.cat(batches[i : i + per_wave]) for i in range(0, len(batches), per_wave)]
+        if self.journal:
+            per_wave = min(per_wave, max(1, WAVE_TOKENS // (batches[0].numel() * self.seq_len * len(self.variants))))
+        waves: list[list[torch.Tensor]] = []
+        for batch in batches:
+            goes_on = waves and len(waves[-1]) < per_wave and waves[-1][-1][-1] + 1 == batch[0]
+            waves[-1].append(batch) if goes_on else waves.append([batch])
+        return [torch.cat(wave) for wave in waves]
 
     def _state_bytes(self, num_blocks: int, at_once: int) -> int:
         width, itemsize = self.weights.embedding.shape[1], self.weights.precision.residual.itemsize

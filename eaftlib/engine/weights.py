@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..model.checkpoint import Checkpoint
-from . import backend
+from . import backend, half
+from .attention import HalfAttention
 from .placement import Placement, free_bytes, take
 
 RESIDENT_SHARE = 0.6  # of free memory that decoded layers may take and stay
@@ -48,10 +49,13 @@ class Weights:
         tied = checkpoint.config.tie_word_embeddings
         head = self.family.embedding if tied else self.family.lm_head
         self.lm_head = checkpoint.tensor(head).to(self.device, self.precision.head)
+        if self.precision.head == half.HALF and not torch.isfinite(self.lm_head).all():
+            self.lm_head = checkpoint.tensor(head).to(self.device, torch.float32)
         waits_on = self.device if self.resident else torch.device("cpu")
         self.embedding = checkpoint.tensor(self.family.embedding).to(waits_on, self.precision.residual)
         self.room = Room(for_graphs=self.resident)
         self._kept: dict[int, nn.Module] = {}
+        self._narrowings = [half.Narrowing(index) for index in range(checkpoint.num_layers)]
 
     def layers(self, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """(index, layer) in order. A streamed layer is only valid until the next one is asked for: drop it before."""
@@ -71,18 +75,40 @@ class Weights:
     def _final_norm(self) -> nn.Module:
         norm = self.family.build_final_norm(self.checkpoint.config)
         norm.weight.data = self.checkpoint.tensor(self.family.final_norm)
-        return norm.to(self.device, self.precision.products).requires_grad_(False)
+        return norm.to(self.device, self.precision.residual).requires_grad_(False)
 
     @torch.inference_mode(False)  # resident layers outlive this pass, and the next one may want gradients
     @torch.no_grad()
     def _read(self, index: int) -> nn.Module:
         layer = self.family.build_layer(self._config, index)
         self.backend.fit(layer)
-        state = self.family.layer_state(
-            layer, index, self.checkpoint.names, self._fetch, self.backend.decode, self.precision.products
-        )
+        operands = _operands(layer)
+
+        def cast(name: str, stored: torch.Tensor) -> torch.Tensor:
+            return self._operand(stored) if name in operands else stored.to(self.precision.residual)
+
+        state = self.family.layer_state(layer, index, self.checkpoint.names, self._fetch, self._decoded, cast)
         layer.load_state_dict(state, assign=True)
+        if self.precision.is_half:
+            self._guard(layer, index)
         return layer.eval().requires_grad_(False)
+
+    def _operand(self, stored: torch.Tensor) -> torch.Tensor:
+        return half.narrowed_weight(stored) if self.precision.is_half else stored.to(self.precision.products)
+
+    def _decoded(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        fits = not self.precision.is_half or half.fits_half(scales)
+        return self.backend.decode(blocks, scales, self.precision.products if fits else torch.float32)
+
+    def _guard(self, layer: nn.Module, index: int) -> None:
+        """Have products of float16 operands looked after."""
+        narrowing = self._narrowings[index]
+        for module in layer.modules():
+            if isinstance(module, HalfAttention):
+                module.narrowing = narrowing
+        if index in self.family.moe_layers(self.checkpoint.config):
+            self.family.experts(layer).narrowing = narrowing
+        narrowing.guard(layer)
 
     def _fetch(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.tensor(name)
@@ -117,6 +143,12 @@ class Weights:
                 # a stream of its own: what was launched on this layer must have ended before, not only been launched.
                 torch.cuda.current_stream(self.device).synchronize()
                 del layer
+
+
+def _operands(layer: nn.Module) -> set[str]:
+    """Names of the parameters that large products take: linear layers' weights, and the experts' matrices [E, ., .]."""
+    linear = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return linear | {name for name, parameter in layer.named_parameters() if parameter.dim() == 3}
 
 
 def decoded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

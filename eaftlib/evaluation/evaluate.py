@@ -11,6 +11,7 @@ import transformers
 
 from .. import __version__, project
 from ..engine import forward, ranks
+from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
@@ -43,7 +44,8 @@ def evaluate(
     """Score every keep-set (label -> KeepSet, or None for the whole model) and write one result per label.
 
     num_blocks: of each sequence length, or by length, as text. Every pack and sequence length is one pass over the weights that
-    serves all keep-sets. A pass that an earlier run of the very same has finished is not repeated. Returns the JSON paths.
+    serves all keep-sets. What an earlier run of the very same has finished is not repeated: passes, and of the pass that it
+    was killed in, all but about a minute. Returns the JSON paths.
     """
     out_dir = Path(out_dir)
     _require_file_names(keep_sets)
@@ -60,7 +62,7 @@ def evaluate(
     ]
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
-    settings |= {"gpu_name": _gpu_names(placement)}
+    settings |= {"gpu_name": forward.gpu_names(placement)}
     metas = {label: _meta(checkpoint, source, placement, label, keep) | settings for label, keep in keep_sets.items()}
     _require_same_models(out_dir, metas)
     masks = [keep and keep.mask for keep in keep_sets.values()]
@@ -71,14 +73,18 @@ def evaluate(
     left = _left(jobs, entries, progress)
     weights = Weights(checkpoint, placement) if left else None
     for key, blocks in left.items():
-        run = forward.score(weights, blocks, keep_sets=masks, entropy_topk=entropy_topk, progress=progress)
+        journal = Journal(out_dir / FOLDER, _identity(metas, blocks))
+        run = forward.score(
+            weights, blocks, keep_sets=masks, entropy_topk=entropy_topk, journal=journal, progress=progress
+        )
         _set_aside([out_dir / f"{label}.json" for label in keep_sets if not entries[label]])
         block, position = (x.astype(np.int32) for x in np.nonzero(blocks.kept))
         for label, variant in zip(keep_sets, run.variants, strict=True):
-            tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy)
+            tokens[label][key] = Tokens(block, position, variant.nll, variant.entropy, blocks.row[blocks.kept])
             entries[label][key] = _entry(blocks, tokens[label][key], variant, run, cc_quantile)
             # Written after every pass: what is done survives a crash in the next one.
             results.write(out_dir, label, metas[label], entries[label], tokens[label])
+        journal.remove()
     return [out_dir / f"{label}.json" for label in keep_sets]
 
 
@@ -100,6 +106,12 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         if expected and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
+
+
+def _identity(metas: Mapping[str, dict], blocks: Blocks) -> dict[str, dict]:
+    """All that the numbers of one pass depend on, by label."""
+    entry = _inputs(blocks) | {"pack": blocks.pack, "seq_len": blocks.seq_len}
+    return {label: Identity.of(meta, entry).resumable for label, meta in metas.items()}
 
 
 def _at(num_blocks: int | Mapping[str, int], length: int) -> int:
@@ -202,10 +214,3 @@ def _meta(
         "transformers_version": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _gpu_names(placement: Placement) -> str | None:
-    """Of all ranks, each kind once."""
-    if placement.device.type == "cpu":
-        return None
-    return ", ".join(sorted(set(ranks.gather(torch.cuda.get_device_name(placement.device)))))

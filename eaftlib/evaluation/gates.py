@@ -1,4 +1,8 @@
-"""Near-lossless gates: limits on what pruning may change, and the verdict on a candidate."""
+"""Near-lossless gates: limits on what pruning may change, and two answers on a candidate.
+
+v1, the rule as published, on point values: PASS or FAIL. Evidence, by two one-sided tests at 5 %: is the difference shown to be
+within its limit, shown to be beyond it, or neither? A difference that is merely not significant is not equivalence.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +13,15 @@ import numpy as np
 from ..errors import ParameterError
 from ..files import read_json
 from .compare import Comparison, compare
+from .resampling import Interval
 from .results import Result
 
 SCHEMA = "eaft-gates/1"
-PASS, FAIL, UNDECIDED, INCOMPLETE = "PASS", "FAIL", "UNDECIDED", "INCOMPLETE"
+PASS, FAIL, INCOMPLETE = "PASS", "FAIL", "INCOMPLETE"
+EQUIVALENT, DIFFERENT, UNDECIDED = "EQUIVALENT", "DIFFERENT", "UNDECIDED"
 ROUNDING = 1e-9  # a difference of decimals that equals its limit passes in floating point too
 LIMITS = ("ppl_absolute", "ppl_relative", "cc_rate", "mean_prob", "js2d")
+MOST_TIMES = 1000  # what would take more than so many times the blocks that there are is not worth a number
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,35 @@ class Gates:
 
 @dataclass(frozen=True)
 class Check:
-    """One gate at one sequence length."""
+    """One gate at one sequence length.
+
+    value, status: v1's. interval, evidence: None where nothing was recorded to resample. blocks_to_decide: how many blocks in
+    all would decide, if the value stays, where evidence is UNDECIDED; None where that is beyond MOST_TIMES as many.
+    """
 
     gate: str
     seq_len: int
     value: float
     limit: float
     status: str
-    reason: str
+    interval: Interval | None
+    evidence: str | None
+    blocks_to_decide: int | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A candidate's verdict: the worst of its checks, with a sentence for everything that is not a plain pass."""
+    """A candidate's two answers. missing: primary sequence lengths that are not there; warnings: sentences.
+
+    evidence: None where a length is missing, or a check has none and no other decides.
+    """
 
     label: str
     status: str
-    reasons: tuple[str, ...]
+    evidence: str | None
     checks: tuple[Check, ...]
+    missing: tuple[int, ...]
+    warnings: tuple[str, ...]
     comparisons: dict[int, Comparison]  # per primary sequence length
 
     def status_at(self, seq_len: int) -> str:
@@ -76,29 +94,47 @@ def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:
     """Every gate at every primary sequence length. A length missing on either side makes the verdict INCOMPLETE."""
     checks: list[Check] = []
     comparisons: dict[int, Comparison] = {}
-    reasons: list[str] = []
+    missing = []
     for seq_len in gates.primary_seq_lens:
-        missing = [r.label for r in (candidate, baseline) if (gates.primary_pack, seq_len) not in r.entries]
-        if missing:
-            reasons.append(f"{gates.primary_pack} at {seq_len} is missing for {', '.join(missing)}")
+        key = (gates.primary_pack, seq_len)
+        if key not in candidate.entries or key not in baseline.entries:
+            missing.append(seq_len)
             continue
-        comparison = compare(candidate, baseline, gates.primary_pack, seq_len)
-        base_ppl = baseline.entries[gates.primary_pack, seq_len]["model"]["ppl"]
-        comparisons[seq_len] = comparison
-        checks += _checks(comparison, gates, seq_len, base_ppl)
-    status = _worst({c.status for c in checks} | ({INCOMPLETE} if reasons else set()))
-    reasons += [c.reason for c in checks if c.reason]
-    if saw_its_rows(candidate):
-        reasons.append("its experts may have been chosen on rows that it is judged on")
-    if trained_on_its_rows(candidate):
-        reasons.append("it may have been trained on rows that it is judged on")
-    if dtypes_differ(candidate, baseline):
-        reasons.append(f"scored in {candidate.meta['dtype']}, the baseline in {baseline.meta['dtype']}")
-    return Verdict(candidate.label, status, tuple(reasons), tuple(checks), comparisons)
+        comparisons[seq_len] = compare(candidate, baseline, *key)
+        checks += _checks(comparisons[seq_len], gates, seq_len, baseline.entries[key])
+    return Verdict(
+        label=candidate.label,
+        status=_worst({c.status for c in checks} | ({INCOMPLETE} if missing else set())),
+        evidence=None if missing else _combined([c.evidence for c in checks]),
+        checks=tuple(checks),
+        missing=tuple(missing),
+        warnings=tuple(_warnings(candidate, baseline)),
+        comparisons=comparisons,
+    )
 
 
 def _worst(statuses: set[str]) -> str:
-    return next((s for s in (FAIL, INCOMPLETE, UNDECIDED, PASS) if s in statuses), INCOMPLETE)
+    return next((s for s in (FAIL, INCOMPLETE, PASS) if s in statuses), INCOMPLETE)
+
+
+def _combined(answers: list[str | None]) -> str | None:
+    """One DIFFERENT decides against; EQUIVALENT takes all of them."""
+    if DIFFERENT in answers:
+        return DIFFERENT
+    if not answers or None in answers:
+        return None
+    return EQUIVALENT if set(answers) == {EQUIVALENT} else UNDECIDED
+
+
+def _warnings(candidate: Result, baseline: Result) -> list[str]:
+    found = []
+    if saw_its_rows(candidate):
+        found.append("its experts may have been chosen on rows that it is judged on")
+    if trained_on_its_rows(candidate):
+        found.append("it may have been trained on rows that it is judged on")
+    if dtypes_differ(candidate, baseline):
+        found.append(f"scored in {candidate.meta['dtype']}, the baseline in {baseline.meta['dtype']}")
+    return found
 
 
 def saw_its_rows(result: Result) -> bool:
@@ -128,33 +164,51 @@ def dtypes_differ(candidate: Result, baseline: Result) -> bool:
     return None not in types and len(types) == 2
 
 
-def _checks(comparison: Comparison, gates: Gates, seq_len: int, base_ppl: float) -> list[Check]:
-    limits = gates.limits
+def _checks(comparison: Comparison, gates: Gates, seq_len: int, base: dict) -> list[Check]:
+    limits, js2d = gates.limits, comparison.js2d
+    ppl_limit, blocks = gates.ppl_limit(base["model"]["ppl"]), len((base["model"].get("blocks") or {}).get("kept", ()))
     deltas = (
-        ("dPPL", comparison.ppl, gates.ppl_limit(base_ppl), ".3f"),
-        ("dCC", comparison.cc, limits["cc_rate"], ".5f"),
-        ("d mean p", comparison.mean_prob, limits["mean_prob"], ".4f"),
+        ("dPPL", comparison.ppl, ppl_limit),
+        ("dCC", comparison.cc, limits["cc_rate"]),
+        ("d mean p", comparison.mean_prob, limits["mean_prob"]),
     )
     checks = []
-    for gate, delta, limit, form in deltas:
-        status = PASS if abs(delta.value) <= limit + ROUNDING else FAIL
-        reason = ""
-        if status == FAIL:
-            reason = f"{gate} at {seq_len}: {delta.value:+{form}}, limit {limit:{form}}"
-        elif delta.interval and not all(abs(end) <= limit for end in delta.interval):  # an end may be NaN
-            low, high = delta.interval
-            reason = f"{gate} at {seq_len} passes, but its interval [{low:+{form}}, {high:+{form}}] reaches past {limit:{form}}"
-        checks.append(Check(gate, seq_len, delta.value, limit, status, reason))
-    return [*checks, _js_check(comparison, limits["js2d"], seq_len)]
+    for gate, delta, limit in deltas:
+        found = evidence(delta.value, delta.interval, -limit, limit, blocks)
+        checks.append(
+            Check(gate, seq_len, delta.value, limit, _status(abs(delta.value), limit), delta.interval, *found)
+        )
+    found = evidence(js2d.estimate, js2d.interval, -math.inf, limits["js2d"], blocks)  # a divergence has no lower limit
+    status = _status(js2d.value, limits["js2d"])
+    return [*checks, Check("JS2D", seq_len, js2d.value, limits["js2d"], status, js2d.interval, *found)]
 
 
-def _js_check(comparison: Comparison, limit: float, seq_len: int) -> Check:
-    """JS2D is biased upward on small evaluations: above the limit by no more than its noise floor, it decides nothing."""
-    value, floor = comparison.js2d, comparison.js2d_floor
-    if value <= limit + ROUNDING:
-        return Check("JS2D", seq_len, value, limit, PASS, "")
-    if value - floor <= limit + ROUNDING:
-        reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}: too few tokens to decide"
-        return Check("JS2D", seq_len, value, limit, UNDECIDED, reason)
-    reason = f"JS2D at {seq_len}: {value:.4f}, limit {limit}, noise floor {floor:.4f}"
-    return Check("JS2D", seq_len, value, limit, FAIL, reason)
+def _status(size: float, limit: float) -> str:
+    return PASS if size <= limit + ROUNDING else FAIL  # a NaN is not below
+
+
+def evidence(
+    value: float | None, interval: Interval | None, lowest: float, highest: float, blocks: int
+) -> tuple[str | None, int | None]:
+    """(what the interval shows of limits ``lowest`` to ``highest``, blocks that would decide where it shows neither)."""
+    if interval is None:
+        return None, None
+    low, high = interval
+    if lowest - ROUNDING <= low and high <= highest + ROUNDING:
+        return EQUIVALENT, None
+    if high < lowest - ROUNDING or low > highest + ROUNDING:
+        return DIFFERENT, None
+    return UNDECIDED, _blocks_to_decide(value, interval, lowest, highest, blocks)
+
+
+def _blocks_to_decide(value: float, interval: Interval, lowest: float, highest: float, blocks: int) -> int | None:
+    """The interval's reaches above and below the value shrink with the root of the blocks, until a limit is out of them."""
+    below, above = value - interval[0], interval[1] - value
+    if lowest <= value <= highest:
+        needed = [(below, value - lowest), (above, highest - value)]
+    elif value > highest:
+        needed = [(below, value - highest)]
+    else:
+        needed = [(above, lowest - value)]
+    times = max(reach**2 / room**2 if room > 0 else math.inf for reach, room in needed)
+    return math.ceil(times * blocks - ROUNDING * blocks) if blocks and times <= MOST_TIMES else None

@@ -78,6 +78,11 @@ class Identity:
         recorded = {"meta": meta, "entry": entry}
         return cls({place: _at(recorded, place) for place in FACTS})
 
+    @property
+    def resumable(self) -> dict[str, object]:
+        """The facts that must be equal for a run to go on from what an earlier one left."""
+        return {place: self.facts[place] for place, decides in FACTS.items() if Question.RESUMABLE in decides}
+
     def differences(self, expected: "Identity", question: Question) -> list[Difference]:
         """Facts that decide ``question`` and differ.
 

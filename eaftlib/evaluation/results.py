@@ -23,6 +23,7 @@ _TOKEN_COLUMNS = {
     "nll": pa.float32(),
     "entropy": pa.float32(),
 }
+_ROW = {"row": pa.int32()}  # not in files of earlier versions
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def write(
 
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{label}.json"
-    tables = []
+    tables, kinds = [], _TOKEN_COLUMNS | (_ROW if all(part.row is not None for part in tokens.values()) else {})
     for (pack, seq_len), part in tokens.items():
         columns = {
             "pack": np.full(len(part.nll), pack),
@@ -97,8 +98,9 @@ def write(
             "position": part.position,
             "nll": part.nll,
             "entropy": part.entropy,
+            "row": part.row,
         }
-        tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in _TOKEN_COLUMNS.items()}))
+        tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in kinds.items()}))
     table = pa.concat_tables(tables).unify_dictionaries()
     write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
     meta = meta | {"tokens_sha256": sha256(tokens_path(path))}
@@ -149,9 +151,11 @@ def read_all(sources: list[str]) -> list[Result]:
 def read_tokens(path: Path) -> dict[tuple[str, int], Tokens]:
     """(pack, seq_len) -> per-token values, as the file has them. Raises ResultError when it cannot be read."""
     try:
-        table = pq.read_table(path, columns=list(_TOKEN_COLUMNS))
+        table = pq.read_table(path)
     except (OSError, pa.ArrowException) as cause:
         raise ResultError(f"{path} cannot be read ({cause}): remove it with its JSON, and evaluate again") from cause
+    if missing := set(_TOKEN_COLUMNS) - set(table.column_names):
+        raise ResultError(f"{path} lacks columns {sorted(missing)}: remove it with its JSON, and evaluate again")
     keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
     return {(key["pack"], key["seq_len"]): _tokens_of(table, **key) for key in keys}
 
@@ -169,7 +173,8 @@ def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
 
 def _tokens_of(table: pa.Table, pack: str, seq_len: int) -> Tokens:
     rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
-    return Tokens(*(rows[name].to_numpy() for name in ("block", "position", "nll", "entropy")))
+    names = ("block", "position", "nll", "entropy", *(_ROW if "row" in table.column_names else ()))
+    return Tokens(*(rows[name].to_numpy() for name in names))
 
 
 def _merged(parts: list[Result]) -> Result:

@@ -11,13 +11,15 @@ P_BINS, H_BINS = 160, 120
 class Tokens:
     """Kept tokens of one model on one pack and sequence length, ordered by block and position.
 
-    block, position int32 [N]; nll, entropy float32 [N].
+    block, position int32 [N]; nll, entropy float32 [N]. row int32 [N]: the conversation that each is of, counted in the order
+    in which the pack's rows were read; None in files of earlier versions.
     """
 
     block: np.ndarray
     position: np.ndarray
     nll: np.ndarray
     entropy: np.ndarray
+    row: np.ndarray | None = None
 
     @property
     def probability(self) -> np.ndarray:

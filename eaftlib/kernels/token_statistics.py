@@ -18,9 +18,12 @@ def slice_rows(vocab_size: int, device: torch.device) -> int:
 
 
 def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
-    """float32 logits [T, V] of hidden [T, H] and lm_head [V, H]; on a GPU half-precision products accumulate into float32."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, lm_head.T, out_dtype=torch.float32)
+    """float32 logits [T, V] of hidden [T, H] and lm_head [V, H]; on a GPU half-precision products accumulate into float32.
+
+    hidden is taken in the head's type: where float16 cannot hold it, logits are not finite.
+    """
+    if hidden.is_cuda and lm_head.dtype != torch.float32:
+        return torch.mm(hidden.to(lm_head.dtype), lm_head.T, out_dtype=torch.float32)
     return hidden.float() @ lm_head.T
 
 

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 
-from ..engine import forward
+from .. import project
+from ..engine import forward, ranks
+from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
@@ -15,6 +19,8 @@ from ..errors import ResultError
 from ..files import write_atomically
 from ..model.checkpoint import Checkpoint
 from ..text.packs import Blocks
+
+TRACE = "trace.safetensors"
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,16 @@ def record(
     *,
     entropy_topk: int = 20,
     recon_tokens: int = 0,
+    out_dir: Path | None = None,
     progress: bool = True,
 ) -> tuple[Trace, forward.Pass]:
     """One pass over calibration blocks that records every routed pair.
 
-    recon_tokens: for the criterion ``recon``, at how many positions to record what all experts would have done.
+    recon_tokens: for the criterion ``recon``, at how many positions to record what all experts would have done. out_dir: where
+    ``trace.safetensors`` is written, and, until it is, what a run has finished, so that the same can go on from it.
     """
+    provenance = _provenance(checkpoint, blocks, placement, entropy_topk)
+    journal = None if out_dir is None else Journal(out_dir / FOLDER, provenance | _conditions(placement, recon_tokens))
     weights = Weights(checkpoint, placement)
     run = forward.score(
         weights,
@@ -84,15 +94,24 @@ def record(
         entropy_topk=entropy_topk,
         record_experts=True,
         gram_tokens=recon_tokens,
+        journal=journal,
         progress=progress,
     )
+    trace = _trace(run, blocks, checkpoint.num_experts, provenance, recon_tokens)
+    if journal and ranks.is_first_on_host():
+        trace.save(out_dir / TRACE)
+        journal.remove()
+    return trace, run
+
+
+def _trace(run: forward.Pass, blocks: Blocks, num_experts: int, provenance: dict, recon_tokens: int) -> Trace:
     recorded = recorded_positions(blocks)
     row_of = np.cumsum(recorded.ravel()).reshape(recorded.shape) - 1  # recorded rows in block order
     block, position = np.nonzero(blocks.kept)
     expert, gate, norm, peak = (tensor.numpy() for tensor in run.experts.tensors)
     grams, router_logits = (tensor.numpy() for tensor in run.grams.tensors) if run.grams else (None, None)
     sampled = {"recon_tokens": recon_tokens, "recon_tokens_found": grams.shape[1]} if run.grams else {}
-    result = Trace(
+    return Trace(
         nll=run.variants[0].nll,
         entropy=run.variants[0].entropy,
         predictor_row=row_of[block, position - 1],
@@ -101,25 +120,38 @@ def record(
         gate=gate,
         norm=norm,
         peak=peak,
-        num_experts=checkpoint.num_experts,
-        provenance={
-            "model_id": checkpoint.model_id,
-            "model_sha256": checkpoint.sha256,
-            "tokenizer_sha256": checkpoint.tokenizer_sha256,
-            "eos_token_id": checkpoint.tokenizer.eos_token_id,
-            "pack": blocks.pack,
-            "rows": blocks.rows,
-            "rows_seen": blocks.rows_seen,
-            "rows_sha256": blocks.rows_sha256,
-            "seq_len": blocks.seq_len,
-            "num_blocks": len(blocks.tokens),
-            "kept_tokens": int(blocks.kept.sum()),
-            "entropy_topk": entropy_topk,
-            "device": placement.device.type,
-            "dtype": placement.precision.name,
-        }
-        | sampled,
+        num_experts=num_experts,
+        provenance=provenance | sampled,
         grams=grams,
         router_logits=router_logits,
     )
-    return result, run
+
+
+def _provenance(checkpoint: Checkpoint, blocks: Blocks, placement: Placement, entropy_topk: int) -> dict:
+    return {
+        "model_id": checkpoint.model_id,
+        "model_sha256": checkpoint.sha256,
+        "tokenizer_sha256": checkpoint.tokenizer_sha256,
+        "eos_token_id": checkpoint.tokenizer.eos_token_id,
+        "pack": blocks.pack,
+        "rows": blocks.rows,
+        "rows_seen": blocks.rows_seen,
+        "rows_sha256": blocks.rows_sha256,
+        "seq_len": blocks.seq_len,
+        "num_blocks": len(blocks.tokens),
+        "kept_tokens": int(blocks.kept.sum()),
+        "entropy_topk": entropy_topk,
+        "device": placement.device.type,
+        "dtype": placement.precision.name,
+    }
+
+
+def _conditions(placement: Placement, recon_tokens: int) -> dict:
+    """What a pass depends on besides its provenance."""
+    return {
+        "recon_tokens": recon_tokens,
+        "code_sha256": project.code_sha256(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpus": forward.gpu_names(placement),
+    }

@@ -189,7 +189,7 @@ class Recovery:
     def step(self, step: int, optimizer: torch.optim.Optimizer, distillation: Distillation, advance) -> float:
         """Train on one step's blocks and return its loss; advance: called with the tokens that are done."""
         ids = self.schedule.blocks_of(step, len(self.text.tokens))
-        blocks = replace(self.text, tokens=self.text.tokens[ids], kept=self.text.kept[ids])
+        blocks = self.text.take(ids)
         loss, part = torch.zeros((), device=self.weights.device), distillation.on(blocks)
 
         def counted(*given) -> torch.Tensor:
@@ -263,8 +263,7 @@ def hold_back(blocks: Blocks, count: int, eos_token_id: int) -> tuple[Blocks, Bl
             f"held_out_blocks: found {count}, in which no assistant's token lies after the end of the first row, so that "
             "there is nothing to judge the training by. Hold back more blocks."
         )
-    text = replace(blocks, tokens=blocks.tokens[:-count], kept=blocks.kept[:-count])
-    return text, replace(blocks, tokens=tokens, kept=kept)
+    return blocks.take(slice(None, -count)), replace(blocks.take(slice(-count, None)), kept=kept)
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

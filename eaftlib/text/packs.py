@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ class Blocks:
 
     tokens: int32 [num_blocks, seq_len]. kept: bool [num_blocks, seq_len], true where a token is scored: it overlaps a
     completion span and is not the first of its block. rows_sha256 covers the UTF-8 bytes of the ``rows_seen`` rows that
-    the blocks were cut from, each followed by a zero byte.
+    the blocks were cut from, each followed by a zero byte. row: int32 [num_blocks, seq_len], whose token each is, by the order
+    in which rows were read; None for blocks that were not cut from rows.
     """
 
     pack: str
@@ -37,10 +38,16 @@ class Blocks:
     kept: np.ndarray
     rows_seen: int
     rows_sha256: str
+    row: np.ndarray | None = None
 
     @property
     def seq_len(self) -> int:
         return self.tokens.shape[1]
+
+    def take(self, blocks: np.ndarray | slice) -> "Blocks":
+        """Some of the blocks, by id; what was read for all stays as it is."""
+        row = None if self.row is None else self.row[blocks]
+        return replace(self, tokens=self.tokens[blocks], kept=self.kept[blocks], row=row)
 
     @property
     def input_sha256(self) -> str:
@@ -114,15 +121,16 @@ def pack_blocks(
     """
     parts = {name: _Part(texts, spans) for name, texts in source.parts(pack, rows).items()}
     wanted = seq_len * num_blocks
-    tokens, kept = np.empty(wanted, np.int32), np.zeros(wanted, bool)
+    tokens, kept, of_row = np.empty(wanted, np.int32), np.zeros(wanted, bool), np.empty(wanted, np.int32)
     digest, rows_seen, filled = hashlib.sha256(), 0, 0
     for row, ids, offsets in _tokenized(_in_turn(parts.values()), tokenizer):
         digest.update(row.text.encode() + b"\0")
-        rows_seen += 1
         row_ids = np.append(ids, tokenizer.eos_token_id)
         row_kept = np.append(overlaps(offsets, row.spans), False)
         end = min(filled + len(row_ids), wanted)
         tokens[filled:end], kept[filled:end] = row_ids[: end - filled], row_kept[: end - filled]
+        of_row[filled:end] = rows_seen
+        rows_seen += 1
         filled = end
         if filled == wanted:
             break
@@ -136,7 +144,7 @@ def pack_blocks(
     kept[:, 0] = False  # nothing in its block predicts the first token
     if not kept.any():
         raise PackError(f"pack {pack} of {source.source}: no token of the first {num_blocks} blocks is an assistant's")
-    return Blocks(pack, rows, tokens, kept, rows_seen, digest.hexdigest())
+    return Blocks(pack, rows, tokens, kept, rows_seen, digest.hexdigest(), of_row.reshape(num_blocks, seq_len))
 
 
 def overlaps(offsets: np.ndarray, spans: Spans) -> np.ndarray:

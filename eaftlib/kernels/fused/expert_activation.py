@@ -39,11 +39,11 @@ def _activate_backward(arriving, gate_up, bias, expert, out, size, limit, alpha,
     tl.store(out + row * 2 * size + pair, both.to(out.dtype.element_ty), mask=inside)
 
 
-def activate(gate_up, bias, expert, limit, alpha, *, block=1024, num_warps=4):
+def activate(gate_up, bias, expert, limit, alpha, dtype=None, *, block=1024, num_warps=4):
     """As ``kernels.expert_activation.activate``."""
     gate_up, bias, expert = gate_up.contiguous(), bias.contiguous(), expert.contiguous()
     rows, width = gate_up.shape
-    out = gate_up.new_empty(rows, width // 2)
+    out = gate_up.new_empty(rows, width // 2, dtype=dtype)
     grid = (rows, triton.cdiv(width // 2, block))
     _activate[grid](gate_up, bias, expert, out, width // 2, limit, alpha, block, num_warps=num_warps)
     return out

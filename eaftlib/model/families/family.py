@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 Fetch = Callable[[str], torch.Tensor]  # a stored tensor by its full name, on the device where it is wanted
-Decode = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]  # as kernels.mxfp4.decode
+Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # MXFP4 blocks and scales to values, as they are used
+Cast = Callable[[str, torch.Tensor], torch.Tensor]  # a layer's parameter by its name in the layer, as it is used
 
 
 class Family(ABC):
@@ -53,9 +54,9 @@ class Family(ABC):
 
     @abstractmethod
     def layer_state(
-        self, layer: nn.Module, index: int, stored: Collection[str], fetch: Fetch, decode: Decode, dtype: torch.dtype
+        self, layer: nn.Module, index: int, stored: Collection[str], fetch: Fetch, decode: Decode, cast: Cast
     ) -> dict[str, torch.Tensor]:
-        """Values in ``dtype`` of all of a layer's parameters, from tensors as they are stored."""
+        """All of a layer's parameters as they are used, from tensors as they are stored."""
 
     @abstractmethod
     def experts(self, layer: nn.Module) -> nn.Module:

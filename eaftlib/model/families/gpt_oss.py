@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 
 from ...text import harmony
 from .. import mxfp4
-from .family import Decode, Family, Fetch
+from .family import Cast, Decode, Family, Fetch
 
 
 class GptOss(Family):
@@ -51,7 +51,7 @@ class GptOss(Family):
             return GptOssDecoderLayer(config, index)
 
     def layer_state(
-        self, layer: nn.Module, index: int, stored: Collection[str], fetch: Fetch, decode: Decode, dtype: torch.dtype
+        self, layer: nn.Module, index: int, stored: Collection[str], fetch: Fetch, decode: Decode, cast: Cast
     ) -> dict[str, torch.Tensor]:
         state = {}
         for name in layer.state_dict():
@@ -60,9 +60,9 @@ class GptOss(Family):
                 # Stored as [E, out, in]; transformers multiplies x @ W with W [E, in, out].
                 packed = fetch(full + "_blocks"), fetch(full + "_scales")
                 mxfp4.require_fit(*packed)
-                state[name] = decode(*packed, dtype).transpose(1, 2)
+                state[name] = decode(*packed).transpose(1, 2)
             else:
-                state[name] = fetch(full).to(dtype)
+                state[name] = cast(name, fetch(full))
         return state
 
     def experts(self, layer: nn.Module) -> nn.Module:
