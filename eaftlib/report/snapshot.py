@@ -97,7 +97,6 @@ def _table(
 
 def _scores(candidate: Result, verdict: Verdict, gates: Gates, length: int) -> Scores:
     model, found = candidate.entries[gates.primary_pack, length]["model"], verdict.comparisons[length]
-    passes = all(check.status == PASS for check in verdict.checks if check.seq_len == length)
     return Scores(
         ppl=model["ppl"],
         dppl=found.ppl.value,
@@ -105,7 +104,7 @@ def _scores(candidate: Result, verdict: Verdict, gates: Gates, length: int) -> S
         dcc=found.cc.value,
         mean_prob=model["mean_prob"],
         dmean_prob=found.mean_prob.value,
-        gate=PASS if passes else "FAIL",
+        gate=verdict.status_at(length),
     )
 
 
@@ -149,7 +148,7 @@ def _preface(base: Result, candidates: list[Result], gates: Gates) -> str:
         "# Quality snapshot",
         "",
         f"- Pack: {plain(gates.primary_pack)} of {plain(meta.get('dataset_repo', 'unknown'))}, "
-        f"rows: {plain(meta.get('rows', 'unknown'))}, blocks: {plain(meta.get('num_blocks', 'unknown'))}",
+        f"rows: {plain(meta.get('rows', 'unknown'))}, blocks: {_blocks(meta.get('num_blocks', 'unknown'))}",
         f"- Entropy over the top {meta.get('entropy_topk', '?')} logits, thresholds at the {meta.get('cc_quantile', '?')} "
         "quantile. CC rate: at the baseline's thresholds",
         f"- Gate: {plain(gates.name)}, on the point values; a row passes where all its gates do, JS2D included",
@@ -168,3 +167,9 @@ def _described(result: Result) -> str:
     if keep:
         parts.append(f"chosen by {plain(keep.get('criterion'))} on rows: {plain(keep.get('ranking_rows', 'unknown'))}")
     return ", ".join([*parts, f"scored in {plain(meta.get('dtype', 'a type that is not recorded'))}"])
+
+
+def _blocks(num_blocks: int | str | dict[str, int]) -> str:
+    if isinstance(num_blocks, dict):
+        return ", ".join(f"{count} of {length} tokens" for length, count in num_blocks.items())
+    return str(num_blocks)
