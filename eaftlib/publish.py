@@ -21,7 +21,7 @@ def publish(folder: Path, name: str, result: Result, baseline: Result, gates: Ga
     name: owner/name on the hub; made, private unless ``public``, where it is not there. Repeated after an interruption, files
     that the hub has are not sent again. Raises PublishError when the hub refuses or cannot be reached, when the repository
     holds other files or is not as private as asked; CheckpointError where a file differs from the manifest; and what
-    ``card.build`` raises: there is no publishing without a verdict. One that says FAIL may be published: its card says so first.
+    ``card.build`` raises: there is no publishing without a verdict. One that says FAIL may be: its card says so first.
     """
     if not card.HUB_NAME.fullmatch(name):
         raise PublishError(f"found {name!r}, expected owner/name of a repository on the hub")
@@ -65,7 +65,9 @@ def _require_fit(info, files: dict[str, Path], public: bool) -> None:
     """The repository is as private as asked, and holds nothing that would be taken for a part of this checkpoint."""
     if info.private == public:
         found, wanted = ("private", "public") if info.private else ("public", "private")
-        raise PublishError(f"{info.id} is there and {found}, not {wanted}: change that on its page, or choose another name")
+        raise PublishError(
+            f"{info.id} is there and {found}, not {wanted}: change that on its page, or choose another name"
+        )
     others = sorted({sibling.rfilename for sibling in info.siblings} - files.keys() - _OF_THE_HUB)
     if others:
         raise PublishError(
@@ -76,7 +78,7 @@ def _require_fit(info, files: dict[str, Path], public: bool) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What the client raises, as PublishError: RuntimeError for a large file, ValueError for an answer it does not understand."""
+    """What the client raises, as PublishError: RuntimeError for a large file, ValueError for an answer that makes no sense."""
     from huggingface_hub.errors import HTTPError
 
     try:

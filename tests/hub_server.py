@@ -55,8 +55,16 @@ class Fault:
 
 
 class HubServer:
-    def __init__(self, chunk_size=None):
-        """chunk_size: large files are taken in parts of so many bytes; None: in one piece."""
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.reset()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def reset(self, chunk_size=None):
+        """Forget everything. chunk_size: large files are taken in parts of so many bytes; None: in one piece."""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.large: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
@@ -64,11 +72,6 @@ class HubServer:
         self.stored: list[str] = []  # the SHA-256 of each large file, each time that it was sent whole
         self.faults: list[Fault] = []
         self.chunk_size = chunk_size
-        self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def port(self):
@@ -197,7 +200,11 @@ class _Handler(BaseHTTPRequestHandler):
         """The repository, or an answer that says that there is none: that of a private one, too, to a stranger."""
         repo = self.hub.repos.get((kind, name))
         if write and not self._knows_token:
-            self._json({"error": "Invalid credentials"}, 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            self._json(
+                {"error": "Invalid credentials"},
+                401,
+                {"X-Error-Message": "Invalid credentials in Authorization header"},
+            )
         elif repo is None or (repo.private and not self._knows_token):
             self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         else:
@@ -231,7 +238,10 @@ class _Handler(BaseHTTPRequestHandler):
         for path, file in files.items():
             if path.startswith(folder):
                 lfs = {"oid": file.sha256, "size": file.size, "pointerSize": 134} if file.sha256 else None
-                entries.append({"type": "file", "path": path, "size": file.size, "oid": file.git_oid} | ({"lfs": lfs} if lfs else {}))
+                entries.append(
+                    {"type": "file", "path": path, "size": file.size, "oid": file.git_oid}
+                    | ({"lfs": lfs} if lfs else {})
+                )
         self._json(entries)
 
     def _no_revision(self):
@@ -266,7 +276,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in json.loads(self.body)["objects"]:
             oid, size = wanted["oid"], wanted["size"]
-            objects.append({"oid": oid, "size": size} | ({} if oid in self.hub.large else {"actions": self._actions(oid, size)}))
+            objects.append(
+                {"oid": oid, "size": size} | ({} if oid in self.hub.large else {"actions": self._actions(oid, size)})
+            )
         transfer = "multipart" if self.hub.chunk_size else "basic"
         self._json({"transfer": transfer, "objects": objects})
 
@@ -341,7 +353,9 @@ class _Answered(Exception):
 def _route(method, pattern, action):
     def act(handler, **found):
         if "kind" in found:
-            found["kind"] = {"models": "model", "datasets": "dataset", "datasets/": "dataset"}.get(found["kind"], "model")
+            found["kind"] = {"models": "model", "datasets": "dataset", "datasets/": "dataset"}.get(
+                found["kind"], "model"
+            )
         try:
             action(handler, **{k: v for k, v in found.items() if v is not None})
         except _Answered:
@@ -373,8 +387,8 @@ _ROUTES = [
 
 
 @contextmanager
-def serving(**settings):
-    hub = HubServer(**settings)
+def serving():
+    hub = HubServer()
     try:
         yield hub
     finally:

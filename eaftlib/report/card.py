@@ -73,7 +73,7 @@ def build(checkpoint: Checkpoint, result: Result, baseline: Result, gates: Gates
     """
     manifest = read_manifest(checkpoint)
     if not manifest:
-        raise CheckpointError(f"{checkpoint.folder} has no {MANIFEST}: cards are for checkpoints that 02_prune or 05_recover wrote")
+        raise CheckpointError(f"{checkpoint.folder} has no {MANIFEST}: a card is for what 02_prune or 05_recover wrote")
     _require_scores_of(result, checkpoint.sha256, manifest["bytes_after"], f"the checkpoint {checkpoint.folder}")
     source = manifest["source"]
     _require_scores_of(baseline, source["model_sha256"], manifest["bytes_before"], f"its source, {source['model_id']}")
@@ -93,7 +93,9 @@ def build(checkpoint: Checkpoint, result: Result, baseline: Result, gates: Gates
         baseline=baseline.label,
         gates=gates,
         verdict=verdict,
-        lengths=tuple(_length(result, baseline, gates.primary_pack, n, found) for n, found in verdict.comparisons.items()),
+        lengths=tuple(
+            _length(result, baseline, gates.primary_pack, n, found) for n, found in verdict.comparisons.items()
+        ),
         judged_on=result.meta,
     )
 
@@ -111,7 +113,7 @@ def markdown(card: Card, name: str | None = None) -> str:
 
     environment = Environment(
         loader=PackageLoader("eaftlib.report", "templates"),
-        autoescape=False,  # noqa: S701: it is Markdown; finalize escapes
+        autoescape=False,  # it is Markdown; finalize escapes
         finalize=lambda value: value if isinstance(value, _Markdown) else plain(value),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -67,9 +67,13 @@ def markdown(results: Sequence[Result], baseline: str, gates: Gates, published: 
         raise ResultError(f"--baseline: no result is labelled {baseline!r}; there are {sorted(by_label)}")
     base = by_label.pop(baseline)
     if lacking := [n for n in gates.primary_seq_lens if (gates.primary_pack, n) not in base.entries]:
-        raise ResultError(f"{base.path} has no {gates.primary_pack} at {lacking}; evaluate it there, or give that result")
+        raise ResultError(
+            f"{base.path} has no {gates.primary_pack} at {lacking}; evaluate it there, or give that result"
+        )
     verdicts = [judge(result, base, gates) for result in by_label.values()]
-    tables = {length: _table(base, list(by_label.values()), verdicts, gates, length) for length in gates.primary_seq_lens}
+    tables = {
+        length: _table(base, list(by_label.values()), verdicts, gates, length) for length in gates.primary_seq_lens
+    }
     parts = [_preface(base, list(by_label.values()), gates), f"## Results ({plain(gates.primary_pack)})"]
     parts += [f"### Seq len {length}\n\n{_tabular(rows)}" for length, rows in tables.items()]
     if published:
@@ -111,7 +115,9 @@ def _scores(candidate: Result, verdict: Verdict, gates: Gates, length: int) -> S
 def _tabular(rows: dict[str, Scores | None]) -> str:
     lines = [_HEADER]
     for label, s in rows.items():
-        cells = [""] * 6 + ["not scored"] if s is None else [f"{s.ppl:.3f}", _dppl(s), f"{s.cc_rate:.6f}", f"{s.dcc:+.6f}"]
+        cells = (
+            [""] * 6 + ["not scored"] if s is None else [f"{s.ppl:.3f}", _dppl(s), f"{s.cc_rate:.6f}", f"{s.dcc:+.6f}"]
+        )
         if s is not None:
             cells += [f"{s.mean_prob:.4f}", f"{s.dmean_prob:+.4f}", s.gate]
         lines.append(_line(plain(label), *cells))
@@ -163,7 +169,9 @@ def _described(result: Result) -> str:
     """Model, experts kept, and which rows chose them."""
     meta = result.meta
     keep = meta.get("keep_set") or {}
-    parts = [f"{plain(meta.get('model_id', 'model unknown'))}, {keep.get('keep_n', meta.get('num_experts', '?'))} experts a layer"]
+    parts = [
+        f"{plain(meta.get('model_id', 'model unknown'))}, {keep.get('keep_n', meta.get('num_experts', '?'))} experts a layer"
+    ]
     if keep:
         parts.append(f"chosen by {plain(keep.get('criterion'))} on rows: {plain(keep.get('ranking_rows', 'unknown'))}")
     return ", ".join([*parts, f"scored in {plain(meta.get('dtype', 'a type that is not recorded'))}"])
