@@ -43,7 +43,7 @@ def made(tmp_path_factory, checkpoint, source, cpu):
     keep = KeepSet(ids, checkpoint.num_experts, {"criterion": "reap_mass", "keep_n": 4, "ranking_rows": "calib"})
     prune(checkpoint, keep, folder / "pruned", progress=False)
     prune(checkpoint, keep, folder / "recovered", recovered=RECOVERED, progress=False)
-    settings = {"seq_lens": [24, 40], "num_blocks": 9, "only": ["UNION"], "rows": "eval", "progress": False}
+    settings = {"seq_lens": [24, 40], "num_blocks": 14, "only": ["UNION"], "rows": "eval", "progress": False}
     for model, label in ((checkpoint, "base"), *((Checkpoint(str(folder / n)), n) for n in ("pruned", "recovered"))):
         evaluate(model, source, cpu, {label: None}, out_dir=folder / "results", **settings)
     return folder
