@@ -9,7 +9,7 @@ from test_results import edit, write
 
 from eaftlib.evaluation import divergence, resampling, results
 from eaftlib.evaluation.compare import compare
-from eaftlib.evaluation.divergence import js_divergence, unbiased
+from eaftlib.evaluation.divergence import js_divergence, swap_floor, unbiased
 from eaftlib.evaluation.resampling import Sample, Sums, paired_intervals
 from eaftlib.evaluation.statistics import Tokens, conflicts
 
@@ -221,18 +221,19 @@ def test_the_estimate_is_without_the_bias_of_the_plug_in(true_divergence):
     for _ in range(6):
         a, b, unit = landscape(rng, 3_000)
         plug_in = js_divergence(np.bincount(a, minlength=19_200), np.bincount(b, minlength=19_200))
-        estimate, _ = unbiased(a, b, unit, rng)
+        estimate, _ = unbiased(a, b, unit, 0.0, rng)
         assert plug_in - true_divergence > 0.012
         errors.append(estimate - true_divergence)
     assert abs(np.mean(errors)) < 0.0009 and np.max(np.abs(errors)) < 0.002
 
 
-@pytest.mark.parametrize("count", [300, 1_000, 3_000])
+@pytest.mark.parametrize("count", [12, 300, 1_000, 3_000])
 def test_intervals_of_the_divergence_hold_the_truth(true_divergence, count):
-    """Of 30, 100 and 300 thousand tokens; far too few of them make it wide, not wrong."""
+    """Of 1, 30, 100 and 300 thousand tokens; far too few of them make it wide, not wrong."""
     rng, held, runs = np.random.default_rng(3), 0, 30
     for _ in range(runs):
-        _, (low, high) = unbiased(*landscape(rng, count), rng)
+        a, b, unit = landscape(rng, count)
+        _, (low, high) = unbiased(a, b, unit, swap_floor(a, b, rng), rng)
         held += low <= true_divergence <= high
     assert held >= 0.8 * runs  # 90 % and more; two standard errors of thirty
 
@@ -251,7 +252,7 @@ def test_the_standard_error_of_the_divergence_is_that_of_repeated_evaluations():
     estimates, errors = [], []
     for _ in range(200):
         a, b, unit = draw()
-        estimates.append(unbiased(a, b, unit, rng)[0])
+        estimates.append(unbiased(a, b, unit, 0.0, rng)[0])
         errors.append(divergence._standard_error(a, b, 6, unit))
     assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
 
@@ -259,9 +260,9 @@ def test_the_standard_error_of_the_divergence_is_that_of_repeated_evaluations():
 def test_a_model_does_not_diverge_from_itself():
     rng = np.random.default_rng(5)
     _, b, unit = landscape(rng, 50)
-    assert unbiased(b, b, unit, rng) == (0.0, (0.0, 0.0))
+    assert unbiased(b, b, unit, 0.0, rng) == (0.0, (0.0, 0.0))
 
 
 def test_too_few_conversations_have_no_estimate():
     rng = np.random.default_rng(6)
-    assert unbiased(*landscape(rng, 7), rng) is None and unbiased(*landscape(rng, 8), rng) is not None
+    assert unbiased(*landscape(rng, 7), 0.0, rng) is None and unbiased(*landscape(rng, 8), 0.0, rng) is not None

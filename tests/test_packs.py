@@ -212,6 +212,8 @@ def test_blocks_of_grouped_files_are_cut_from_a_plain_reading(grouped, tokenizer
     )
     assert blocks.tokens.ravel().tolist() == [token for token, _ in expected[: blocks.tokens.size]]
     seen = b"".join(row.encode() + b"\0" for row in rows[: blocks.rows_seen])
+    whose = [i for i, row in enumerate(rows) for _ in stream([row], tokenizer)]
+    assert blocks.row.dtype == np.int32 and blocks.row.ravel().tolist() == whose[: blocks.tokens.size]
     assert blocks.rows_seen >= len(rows) - 1 and blocks.rows_sha256 == hashlib.sha256(seen).hexdigest()
     assert rows_decoded == {90: 90, 5: 5, 70: 70}
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -69,6 +70,14 @@ def test_what_is_written_is_read_back(path, tokens):
         found = result.tokens(pack, seq_len)
         for name in ("block", "position", "nll", "entropy"):
             np.testing.assert_array_equal(getattr(found, name), getattr(part, name))
+
+
+def test_rows_are_read_back_and_an_earlier_file_has_none(tmp_path, tokens):
+    rows = np.arange(400, dtype=np.int32) // 7
+    key, part = ("UNION", 64), tokens["UNION", 64]
+    found = results.read(write(tmp_path, "rows", {key: replace(part, row=rows)})).tokens(*key).row
+    assert found.dtype == np.int32 and found.tolist() == rows.tolist()
+    assert results.read(write(tmp_path, "earlier", {key: part})).tokens(*key).row is None
 
 
 def test_token_file_has_the_fixed_columns(path, tokens):

@@ -87,11 +87,12 @@ def _of_tokens(cand: Tokens, base: Tokens, c: dict, b: dict, js2d: float, rng: n
         return Sums(*(np.bincount(unit, x) for x in (t.nll.astype(np.float64), t.probability, hit)))
 
     cells_c, cells_b = (cells(t.probability, t.entropy) for t in (cand, base))
-    estimate, interval = unbiased(cells_c, cells_b, unit, rng) or (None, None)
+    floor = swap_floor(cells_c, cells_b, rng)
+    estimate, interval = unbiased(cells_c, cells_b, unit, floor, rng) or (None, None)
     return _Part(
         cc_at_base=float(hits[0].mean()),
         cc_of_base=b["cc_rate"],
-        js2d=JS2D(js2d, estimate, interval, swap_floor(cells_c, cells_b, rng)),
+        js2d=JS2D(js2d, estimate, interval, floor),
         sample=Sample("conversations" if by_row else "blocks", len(kept)),
         intervals=dict(paired_intervals(kept, sums(cand, hits[0]), sums(base, hits[1]), rng)),
     )

@@ -69,14 +69,18 @@ def analytic_floor(counts_a: np.ndarray, counts_b: np.ndarray) -> float:
 
 
 def unbiased(
-    cells_a: np.ndarray, cells_b: np.ndarray, unit: np.ndarray, rng: np.random.Generator
+    cells_a: np.ndarray, cells_b: np.ndarray, unit: np.ndarray, floor: float, rng: np.random.Generator
 ) -> tuple[float, Interval] | None:
     """(estimate without first-order bias, its LEVEL interval) of tokens' cells [N] in both models; unit [N]: whose they are.
+
+    floor: as ``swap_floor`` gives it.
 
     The bias of a divergence is b / N + c / N^2 + ...: twice that of all minus the mean of two halves' is without b. With
     quarters c goes too; what that would still change, doubled, is added to the interval on both sides. The rest of it is
     1.645 standard errors of the units' sums of the influence of their tokens, (ln p/m + ln q/m) / 2 at a token's two
-    cells, m = (p + q) / 2: the divergence is the mean of these over tokens. None for fewer than _LEAST_UNITS units.
+    cells, m = (p + q) / 2: the divergence is the mean of these over tokens. Where tokens are so few that this series does not
+    help, what is left is still upward: the interval reaches down to what the divergence has beyond its floor, which
+    understates it. None for fewer than _LEAST_UNITS units.
     """
     units, unit = np.unique(unit, return_inverse=True)
     if len(units) < _LEAST_UNITS:
@@ -87,8 +91,9 @@ def unbiased(
     halves, quarters = _of_parts(cells, len(used), unit, len(units), rng)
     estimate = 2 * whole - halves
     second_order = abs((8 * whole - 6 * halves + quarters) / 3 - estimate)
-    reach = _Z * _standard_error(*cells, len(used), unit) + 2 * second_order
-    return estimate, (estimate - reach, estimate + reach)
+    chance = _Z * _standard_error(*cells, len(used), unit)
+    reach = chance + 2 * second_order
+    return estimate, (min(estimate - reach, whole - floor - chance), estimate + reach)
 
 
 def _of_parts(

@@ -103,7 +103,7 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
     stored = results.read_tokens(results.tokens_path(path))
     for key, entry in old.entries.items():
         expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], key[1]), meta["cc_quantile"])
-        if expected and expected.items() <= entry["model"].items():
+        if expected and stored[key].row is not None and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
 
