@@ -271,7 +271,9 @@ def test_backgrounds_are_transparent_and_texts_follow_the_template(pair):
 
 def test_names_are_escaped_wherever_plotly_reads_tags(pair):
     for figure in every_chart(pair):
-        assert "<script" not in figure.to_json() and "<b>" not in figure.to_json()
+        text = json.dumps(json.loads(figure.to_json()))  # Plotly's own JSON has no "<" at all
+        assert "<script" not in text and "<b>" not in text
+        assert "&lt;script&gt;" in text or (figure.data[0].type == "heatmap" and len(figure.data) == 1)
 
 
 def test_two_processes_make_the_same_json(tmp_path):
@@ -315,7 +317,7 @@ def test_the_one_liner_compares_two_files(files, capsys):
     assert cells["PPL"][:3] == [f"{ppl[0]:.4f}", f"{ppl[1]:.4f}", f"{ppl[1] - ppl[0]:+.4f}"]
     low, high = map(float, cells["PPL"][3].strip("[]").split(", "))
     assert low < ppl[1] - ppl[0] < high
-    assert cells["KL to the whole model, nats"] == ["", "", "", ""]
+    assert "KL to the whole model, nats" not in cells
     assert isinstance(found.landscapes, go.Figure) and len(found.distributions.data) == 4
     assert "<script" not in found._repr_html_() and "PPL" in repr(found)
 

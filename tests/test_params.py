@@ -28,7 +28,9 @@ EVALUATE = {
     "max_gpu_memory": 16.0,
     "out_dir": "o",
 }  # fmt: skip
-REPORT = {"results": ["a"], "baseline": "base", "gates": "g", "out_dir": "o", "rankings": None, "conflict_texts": False}
+REPORT = {
+    "results": ["a"], "baseline": "base", "gates": "g", "rankings": None, "conflict_texts": False, "out_dir": "o",
+}  # fmt: skip
 RECOVER = {
     "ranking": "r", "criterion": "reap", "keep_frac": None, "keep_n": 16, "multiple_of": 4, "core_top_m": 0,
     "keep_super": False, "model": "m", "trained": ["routers", "attention"], "attention_rank": 8, "packs": "p",

@@ -30,8 +30,11 @@ QUADRANTS = {"LL": (0, 0), "LH": (0, 1), "HL": (1, 0), "HH": (1, 1)}  # low or h
 
 _CLEAR = "rgba(0,0,0,0)"
 _BAND = "rgba(0,158,115,0.15)"  # GOOD, for areas
-# From one model's colour over nothing to the other's: no difference looks like the page, whatever its colour.
-_DIVERGING = [[0, colors.LEFT], [0.5, "rgba(128,128,128,0)"], [1, colors.RIGHT]]
+# From one model's colour through its lighter kin over nothing to the other's: no difference looks like the page.
+_DIVERGING = [
+    [0, colors.LEFT], [0.25, "rgba(86,180,233,0.85)"], [0.5, "rgba(128,128,128,0)"], [0.75, "rgba(230,159,0,0.85)"],
+    [1, colors.RIGHT],
+]  # fmt: skip
 
 
 def template(dark: bool) -> go.layout.Template:
@@ -163,7 +166,8 @@ def keep_curve(curve: Curve, stacked: bool = False) -> go.Figure:
             known.add(trace.name)
         _gate_band(figure, panel, stacked, limit, scale)
         kept = sorted({r.keep_n for r in part} | {curve.num_experts})
-        figure.update_xaxes(tickvals=kept, row=_place(panel, stacked)[0], col=_place(panel, stacked)[1])
+        row, col = _place(panel, stacked)
+        figure.update_xaxes(tickvals=kept, range=[kept[0] - 1, kept[-1] + 1], row=row, col=col)
     figure.update_yaxes(**_cost_axis(curve.rows, max(curve.limits.values()), scale))
     _titles(figure, f"experts kept of {curve.num_experts}", "dPPL, asinh scale", stacked)
     return figure.update_layout(

@@ -33,11 +33,11 @@ class Pair:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells as text, in the order of HEADER; empty where a file does not have the value."""
+        """The table's cells as text, in the order of HEADER; empty where a file lacks the value, no row where both do."""
         left, right = self._models
         found = self.comparison
         js2d = found.js2d
-        return [
+        rows = [
             _row("PPL", left["ppl"], right["ppl"], ".4f", found.ppl),
             _row("confident conflicts at left's thresholds", left["cc_rate"], found.cc_rate_at_base, ".5f", found.cc),
             _row("confident conflicts at own thresholds", left["cc_rate"], right["cc_rate"], ".5f"),
@@ -50,6 +50,7 @@ class Pair:
             ("top-1 agreement with it", *_numbers(left, right, "top1_agreement", ".2%"), "", ""),
             ("positions a second, whole pass", *_numbers(left, right, "tok_s_pred", ",.0f"), "", ""),
         ]
+        return [row for row in rows if any(row[1:])]
 
     @property
     def landscapes(self) -> go.Figure:
