@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from .errors import EaftError
-from .params import NOTEBOOKS, check_file
+from .params import BASE, NOTEBOOKS, check_file
+
+GATES = Path("params/gates/near-lossless-v1.json")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("params", type=Path, help="one file of params/")
     check.set_defaults(run=_check)
     _add_results(commands)
+    _add_hub(commands)
+    _add_snapshot(commands)
     _add_kaggle(commands)
     return whole
 
@@ -47,6 +51,31 @@ def _add_results(commands) -> None:
         "--out-dir", type=Path, help="where to write them; if not given, a folder beside it, named after the run"
     )
     extract.set_defaults(run=_from_notebook)
+
+
+def _add_hub(commands) -> None:
+    card = commands.add_parser("card", help="write the model card of a pruned checkpoint, README.md beside it")
+    publish = commands.add_parser("publish", help="send a pruned checkpoint and its card to the Hugging Face hub")
+    for action in (card, publish):
+        action.add_argument("folder", type=Path, help="a checkpoint of 02_prune or 05_recover")
+    publish.add_argument("name", help="owner/name on the hub; a new repository is private")
+    for action in (card, publish):
+        action.add_argument("--result", type=Path, required=True, help="what 03_evaluate wrote for this checkpoint")
+        action.add_argument("--baseline", type=Path, required=True, help="the same for the model it was cut from")
+        action.add_argument("--gates", type=Path, default=GATES, help=f"{GATES} if not given")
+    publish.add_argument("--public", action="store_true", help="let everybody see it")
+    card.set_defaults(run=_card)
+    publish.set_defaults(run=_publish)
+
+
+def _add_snapshot(commands) -> None:
+    snapshot = commands.add_parser("snapshot", help="write the tables of the quality snapshot from results")
+    snapshot.add_argument("results", nargs="+", help="result JSONs, or folders of them; rows in this order")
+    snapshot.add_argument("--baseline", default=BASE, help="label of the whole model")
+    snapshot.add_argument("--gates", type=Path, default=GATES, help=f"{GATES} if not given")
+    snapshot.add_argument("--published", type=Path, help="figures of others, to stand beside those of equal labels")
+    snapshot.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    snapshot.set_defaults(run=_snapshot)
 
 
 def _add_kaggle(commands) -> None:
@@ -120,6 +149,39 @@ def _summary(options) -> int:
     from .report.tables import summary
 
     print(summary(*(json.loads(path.read_text()) for path in options.verdicts)))
+    return 0
+
+
+def _card(options) -> int:
+    from .evaluation import gates, results
+    from .model.checkpoint import Checkpoint
+    from .report import card
+
+    scored = results.read(options.result), results.read(options.baseline)
+    made = card.build(Checkpoint(str(options.folder)), *scored, gates.read_gates(options.gates))
+    print(card.write(made, options.folder))
+    return 0
+
+
+def _publish(options) -> int:
+    from .evaluation import gates, results
+    from .publish import publish
+
+    scored = results.read(options.result), results.read(options.baseline)
+    print(publish(options.folder, options.name, *scored, gates.read_gates(options.gates), public=options.public))
+    return 0
+
+
+def _snapshot(options) -> int:
+    from .evaluation import gates, results
+    from .files import write_atomically
+    from .report import snapshot
+
+    published = snapshot.read_published(options.published) if options.published else None
+    found = results.read_all(options.results)
+    text = snapshot.markdown(found, options.baseline, gates.read_gates(options.gates), published)
+    write_atomically(options.out, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    print(options.out)
     return 0
 
 

@@ -27,3 +27,7 @@ class ResultError(EaftError):
 
 class KaggleError(EaftError):
     """Kaggle refused a call, cannot be reached, or gave back something that is not the result of the run."""
+
+
+class PublishError(EaftError):
+    """A checkpoint may not be published as it is, or the Hugging Face hub did not take it."""

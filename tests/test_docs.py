@@ -177,6 +177,8 @@ def test_commands_are_found():
         "docs/kaggle.md": 11,
         "docs/metrics.md": 3,
         "docs/parameters.md": 6,
+        "docs/publish.md": 2,
+        "docs/snapshot.md": 12,
         "docs/speed.md": 1,
         "demo/README.md": 5,
     }

@@ -132,7 +132,7 @@ def test_the_notebook_of_the_real_regime_is_far_from_the_limit(here):
     assert not (here / "built" / "files").exists()
 
 
-SHIPPED = [f for f in sorted((ROOT / "params").glob("*/*.yaml")) if not f.name.startswith(("prune", "report"))]
+SHIPPED = [f for f in sorted((ROOT / "params").glob("*/**/*.yaml")) if not f.name.startswith(("prune", "report"))]
 
 
 @pytest.mark.parametrize("file", [str(f.relative_to(ROOT)) for f in SHIPPED])

@@ -139,7 +139,10 @@ def test_an_unknown_parameter_stops_a_notebook_before_any_work(tmp_path):
     assert not (tmp_path / "pruned").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+PARAMS = sorted((ROOT / "params").glob("*/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: str(path.relative_to(ROOT / "params")))
 def test_every_params_file_fits_its_notebook(path):
     import yaml
 

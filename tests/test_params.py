@@ -306,7 +306,7 @@ def test_make_runs_no_name_of_a_file(tmp_path):
 def test_every_shipped_file_fits_its_notebook():
     kinds = {"rank": "01_rank", "prune": "02_prune", "eval": "03_evaluate", "sweep": "03_evaluate"}
     kinds |= {"confirm": "03_evaluate", "final": "03_evaluate", "report": "04_report", "recover": "05_recover"}
-    files = sorted((ROOT / "params").glob("*/*.yaml"))
-    assert len(files) > 15
+    files = sorted((ROOT / "params").glob("*/**/*.yaml"))
+    assert len(files) > 25
     for file in files:
         check_file(next(book for kind, book in kinds.items() if file.stem.startswith(kind)), file)

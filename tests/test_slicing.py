@@ -128,7 +128,8 @@ def test_manifest_holds_source_ranking_and_the_hash_of_every_file(checkpoint, pr
     manifest = json.loads((pruned / "prune_manifest.json").read_text())
     files = {p.name for p in pruned.iterdir()} - {"prune_manifest.json"}
     assert manifest["sha256"] == {n: hashlib.sha256((pruned / n).read_bytes()).hexdigest() for n in files}
-    assert manifest["source"] == {"model_id": checkpoint.model_id, "model_sha256": checkpoint.sha256}
+    source = {"model_id": checkpoint.model_id, "revision": None, "model_sha256": checkpoint.sha256}
+    assert manifest["source"] == source
     assert manifest["chosen_by"]["ranking_sha256"] == "abc"
     assert (manifest["num_experts_before"], manifest["num_experts_after"]) == (8, 4)
 

@@ -51,6 +51,11 @@ class Checkpoint:
         return Checkpoint, (self.model_id,), known  # another process opens it anew, but hashes nothing
 
     @property
+    def revision(self) -> str | None:
+        """The commit on the hub that it was fetched as; None for a folder."""
+        return None if Path(self.model_id).is_dir() else self.folder.name
+
+    @property
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
 

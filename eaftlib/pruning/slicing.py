@@ -131,7 +131,11 @@ def _write(
         files = {file: future.result() for file, future in sorted(hashes.items())}
     return {
         "schema": MANIFEST_SCHEMA,
-        "source": {"model_id": checkpoint.model_id, "model_sha256": checkpoint.sha256},
+        "source": {
+            "model_id": checkpoint.model_id,
+            "revision": checkpoint.revision,
+            "model_sha256": checkpoint.sha256,
+        },
         "num_experts_before": checkpoint.num_experts,
         "num_experts_after": keep.keep_n,
         "chosen_by": keep.chosen_by,

@@ -3,7 +3,7 @@
 import re
 
 # What begins emphasis, code, a link, a cell, an entity, a tag, a formula or an address, in CommonMark or in GitHub's.
-_MEANS_SOMETHING = re.compile(r"[\\`*_\[\]<>#|~&$:@]|(?<=www)\.", re.IGNORECASE)
+_MEANS_SOMETHING = re.compile(r"[\\`*_\[\]<>#|~&$@]|:(?=//|\w+:)|(?<=www)\.", re.IGNORECASE)
 
 
 def plain(text: object) -> str:
