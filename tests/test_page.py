@@ -42,6 +42,8 @@ def scored(tmp_path_factory):
     write(out, "hostile", shifted(tokens, 1.3), candidate(HOSTILE, 20) | {"label": HOSTILE})
     write(out, "short", {KEYS[0]: shifted(tokens, 1.001)[KEYS[0]]}, candidate("ean", 20))
     write(out, "formula", shifted(tokens, 1.4), candidate("ean", 16) | {"label": FORMULA})
+    for label, rows in (("elsewhere", "r1"), ("nowhere", "r2")):  # on a pack that the baseline was not scored on
+        write(out, label, {("b", 64): random_tokens(seed=9)}, candidate("ean", 12), rows_sha256=rows)
     old = json.loads((out / "far-16.json").read_text())
     del old["schema"]
     old["meta"] = {"model_id": "old", "num_blocks": 8}
@@ -146,7 +148,7 @@ _CARDS = """all => all.map(card => [
 _BARS = """all => all.map(bar => [
   bar.getAttribute('aria-label'),
   parseFloat(bar.querySelector('.point').getAttribute('x')),
-  ...[...bar.querySelectorAll('.limit')].map(limit => parseFloat(limit.getAttribute('x1'))),
+  ...[...bar.querySelectorAll('.limit, .zero')].map(line => parseFloat(line.getAttribute('x1'))),
 ])"""
 _CHOICE = ("left", "right", "pack", "seq")
 
@@ -221,10 +223,11 @@ def test_every_gate_is_a_bar_with_its_value_on_the_right_side_of_its_limit(visit
         drawn = item.locator(".bar").evaluate_all(_BARS)
         checks = sorted(verdict[label]["checks"], key=lambda check: GATES_IN_ORDER.index(check["gate"]))
         assert len(drawn) == len(checks) == 4 * (2 - len(verdict[label]["missing"]))
-        for check, (text, point, low, high) in zip(checks, drawn, strict=True):
+        for check, (text, point, zero, low, high) in zip(checks, drawn, strict=True):
             assert text.startswith(f"{check['gate']} at {check['seq_len']} tokens: ") and check["status"] in text
             assert float(re.search(r": ([+-]?[\d.]+),", text)[1]) == pytest.approx(check["value"], abs=6e-4)
             assert (low <= point <= high) == (check["status"] == "PASS")
+            assert (point < zero) == (check["value"] < 0)
             assert check["evidence"] is None or check["evidence"] in text
         badges = item.locator(".badge").all_inner_texts()
         assert badges[0].endswith(verdict[label]["verdict"]) and badges[1].endswith(
@@ -326,6 +329,16 @@ def test_what_is_missing_is_a_gap(visit):
     assert page.locator("#breakdown tbody tr").first.locator("td").all_inner_texts() == ["400", "–", "–"]
     item = page.locator(".candidate", has=page.locator("h4", has_text="short"))
     assert "INCOMPLETE" in item.inner_text() and "UNION is missing at 128 tokens" in item.inner_text()
+
+
+def test_what_was_scored_on_different_rows_is_not_compared(visit, read):
+    page = visit("#left=elsewhere&right=nowhere&pack=b&seq=64")
+    shown = cards(page)
+    assert float(shown["PPL left"][0]) == pytest.approx(entry(read, "elsewhere", "b")["ppl"], abs=6e-4)
+    assert {shown[name] for name in ("dPPL", "d mean p", "JS2D", "dCC, own")} == {("–", "scored on different rows")}
+    assert page.locator("#packs tbody tr").all_inner_texts()[-1].endswith("scored on different rows")
+    item = page.locator(".candidate", has=page.locator("h4", has_text="elsewhere"))
+    assert "INCOMPLETE" in item.inner_text() and "nothing that the baseline was scored on" in item.inner_text()
 
 
 def test_an_earlier_file_is_shown_as_binned_without_what_it_lacks(visit):
