@@ -35,7 +35,7 @@ NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 
 TITLE_LIMIT = 50  # characters of a kernel's title
 FINISHING_SECONDS = 600  # between the notebook's own deadline and the end of the session
 # Of the extra `notebooks`, but not needed inside a session.
-_TOOLS = {"papermill", "jupytext", "nbformat", "PyYAML", "ipykernel", "plotly"}
+_TOOLS = {"papermill", "jupytext", "nbformat", "PyYAML", "ipykernel"}
 _DATA_SET, _MODEL = re.compile(r"[\w-]+/[\w-]+"), re.compile(r"[\w-]+(/[\w.-]+){3}/\d+")
 _COLUMNS = 112  # of the embedded wheel's lines
 ABOUT = """# {run}
