@@ -357,6 +357,12 @@ def test_what_the_hub_does_not_have_is_named(hub, python, packs_folder, model_fo
             FETCH_MODEL,
             "tester/none",
         ): r"CheckpointError: model: 'tester/none' is no local folder and could not be fetched",
+        # names that the client itself refuses
+        (FETCH_PACKS, "tester/a--b"): r"PackError: packs: 'tester/a--b' is no local folder and could not be fetched",
+        (
+            FETCH_MODEL,
+            "tester/a--b",
+        ): r"CheckpointError: model: 'tester/a--b' is no local folder and could not be fetched",
         (FETCH_MODEL, "tester/cut"): r"CheckpointError: .*shard model-00001-of-00003\.safetensors is missing",
     }
     for words, message in missing.items():

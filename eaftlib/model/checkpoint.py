@@ -151,12 +151,14 @@ def _find_folder(model: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"model: {model!r} is neither a folder nor an 'owner/name' of the Hugging Face hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        # Downloads resume where an earlier one stopped. original/ and metal/ hold the same weights in other layouts.
+        # A connection that breaks is taken up again; a later run fetches only the files that are not whole. original/ and
+        # metal/ hold the same weights in other layouts.
         return Path(snapshot_download(model, ignore_patterns=["original/*", "metal/*"]))
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, HFValidationError, RuntimeError) as error:
+        # RuntimeError: of Xet, the storage that the client prefers
         raise CheckpointError(
             f"model: {model!r} is no local folder and could not be fetched from the hub: {error}. "
             "Check the name, the network and HF_TOKEN, or give a folder."

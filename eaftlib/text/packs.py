@@ -269,6 +269,7 @@ def _fetch_from_hub(repo: str, pack_files: list[str] | None) -> dict[str, Path]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import (  # HTTPError: of whichever client the hub library uses
         EntryNotFoundError,
+        HFValidationError,
         HTTPError,
     )
 
@@ -277,9 +278,10 @@ def _fetch_from_hub(repo: str, pack_files: list[str] | None) -> dict[str, Path]:
             repo_files = HfApi().list_repo_files(repo, repo_type="dataset")
             pack_files = sorted(f for f in repo_files if f.endswith(".parquet"))
         # Fetched whole, not streamed over the network: the next run of the evening finds the file in the hub's cache,
-        # and a download that broke off resumes where it stopped.
+        # and a connection that breaks is taken up where it broke.
         return {f: Path(hf_hub_download(repo, f, repo_type="dataset")) for f in pack_files}
-    except (EntryNotFoundError, HTTPError, OSError) as error:
+    except (EntryNotFoundError, HFValidationError, HTTPError, OSError, RuntimeError) as error:
+        # RuntimeError: of Xet, the storage that the client prefers
         raise PackError(
             f"packs: {repo!r} is no local folder and could not be fetched from the hub: {error}. "
             "Check the name, the network and HF_TOKEN, or give a folder."
