@@ -142,13 +142,14 @@ def test_what_a_notebook_gets_passes_its_own_check(here, file):
     kinds = {"rank": params.Rank, "recover": params.Recover}
     kind = next((kind for name, kind in kinds.items() if Path(file).name.startswith(name)), params.Evaluate)
     (here / "demo").symlink_to(ROOT / "demo")
-    for keep in [said, *(said.get("keep_set") or [])]:
+    keep_sets = said.get("keep_set") or []
+    for keep in [said, *([keep_sets] if isinstance(keep_sets, dict) else keep_sets)]:
         if "ranking" in keep and not Path(keep["ranking"]).is_file():
             Path(keep["ranking"]).parent.mkdir(parents=True, exist_ok=True)
             Path(keep["ranking"]).write_text("{}")
     if said["model"].startswith("outputs/"):
         Path(said["model"]).mkdir(parents=True)
-    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text((ROOT / file).read_text())
     settings = build.read_settings()
     build.build(build.plan(Path(file), settings), settings, Path("built"), "tester")

@@ -234,7 +234,7 @@ def written(workplace, others):
     with contextlib.chdir(workplace):
         rank()
         order = ["base", "other-mxfp4", "other-bf16", "eaft-reap-16", "eaft-reap-8"]
-        paths = [str(score(f"eval-{name}.yaml")) for name in order]
+        paths = [str(score(f"eval-{name}.yaml").resolve()) for name in order]
         assert main(["snapshot", *paths, "--out", "outputs/demo/snapshot.md"]) == 0
         found = [results.read(path) for path in paths]
         return (workplace / "outputs/demo/snapshot.md").read_text(encoding="utf-8"), found
