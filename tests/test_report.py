@@ -147,7 +147,7 @@ def test_methods_that_pass_with_fewer_experts_come_first_then_those_nearest_to_p
         ([judged("a", 24, OPEN)], ["its intervals reach past a limit: evaluate it on more blocks. 900 blocks of 64 tokens"]),
         ([judged("a", 24, EQUAL), judged("b", 16, FAR)], ["passes with 24 experts and fails with 16: try a count", "With 16"]),
         ([judged("a", 24, EQUAL), judged("b", 23, FAR)], ["a passes", "With 23 experts nothing passes untrained"]),
-        ([judged("a", 24, FAR), judged("b", 20, OPEN, missing=(128,))], ["one candidate is undecided", "is missing for b"]),
+        ([judged("a", 24, FAR), judged("b", 20, OPEN, missing=(128,))], ["one candidate is undecided", "for b", "With 24"]),
         ([judged("a", 24, FAR, recovered=Recovered(0.1, 5))], []),
     ],
 )  # fmt: skip

@@ -227,8 +227,8 @@ def _more_blocks(candidates: tuple[Candidate, ...], best: Candidate | None) -> s
     cheapest = min(open_ones, key=lambda c: (not c.blocks_to_decide, sum(c.blocks_to_decide.values()), c.label))
     needed = blocks_text(cheapest.blocks_to_decide)
     first = f" Cheapest to settle: {cheapest.label}, with {needed}." if needed else ""
-    others = "one candidate is" if len(open_ones) == 1 else f"{len(open_ones)} candidates are"
-    return f"The evidence on {others} undecided: evaluate more blocks.{first}"
+    others = "one candidate" if len(open_ones) == 1 else f"{len(open_ones)} candidates"
+    return f"The evidence on {others} is undecided: evaluate more blocks.{first}"
 
 
 def _complete(candidates: tuple[Candidate, ...], gates: Gates) -> str:
@@ -240,10 +240,10 @@ def _complete(candidates: tuple[Candidate, ...], gates: Gates) -> str:
 
 
 def _recover(candidates: tuple[Candidate, ...], best: Candidate | None) -> str:
-    """Training is worth trying below the smallest that passes, where nothing recovered was tried."""
-    below = [c.keep_n for c in candidates if c.keep_n and (best is None or c.keep_n < (best.keep_n or 0))]
-    tried = {c.keep_n for c in candidates if c.recovered}
-    untried = [n for n in below if n not in tried]
+    """Training is worth trying below the smallest that passes, at a count that more blocks would not save."""
+    below = [c for c in candidates if c.keep_n and c.status == FAIL and (best is None or c.keep_n < (best.keep_n or 0))]
+    open_or_tried = {c.keep_n for c in below if c.evidence == UNDECIDED} | {c.keep_n for c in candidates if c.recovered}
+    untried = [c.keep_n for c in below if c.keep_n not in open_or_tried]
     if not untried:
         return ""
     return f"With {max(untried)} experts nothing passes untrained: 05_recover trains the small tensors of such a model."
