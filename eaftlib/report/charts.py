@@ -575,7 +575,7 @@ def _quadrants(figure: go.Figure, models: Sequence[dict], stacked: bool) -> None
 
 
 def _count_colors(largest: int, log: bool, stacked: bool) -> dict:
-    ticks = np.arange(0, 10)
+    ticks = np.arange(0, 10, 2 if stacked else 1)
     labels = {"tickvals": ticks, "ticktext": [_short(10 ** int(t)) for t in ticks]} if log else {}
     bar = {
         "title": {"text": "tokens", "side": "bottom"},
