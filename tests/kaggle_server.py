@@ -291,6 +291,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(429, b'{"message": "Too many requests"}', "application/json", {"Retry-After": "0"})
         if isinstance(fault, int):
             return self.fail(fault, f"injected, with your key {KEY}")
+        if callable(fault):  # makes an answer of the request's headers
+            return self.reply(400, fault(dict(self.headers)).encode(), "text/plain")
         if not self.authorised():
             return self.fail(401, "Unauthenticated")
         try:
