@@ -65,6 +65,7 @@ class KaggleServer:
         self.models = {}  # owner/model/framework/variation/version -> folder
         self.calls, self.faults, self.injected = [], {}, []
         self.on_call = lambda method, phase: None
+        self.on_upload = lambda name: None  # before a file's bytes are taken
         self.refusals = deque()  # `error` texts of the next pushes, in HTTP 200
         self.invalid_sources = []
         self.session_limit, self.quota_hours = 2, 30
@@ -335,6 +336,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self):
         token = self.path.rsplit("/", 1)[-1]
         name, _ = self.kaggle.blobs[token]
+        self.kaggle.on_upload(name)
         length = self.headers.get("Content-Length")
         content = self.rfile.read(int(length)) if length else b"".join(iter(self.chunk, b""))
         self.kaggle.blobs[token] = (name, content)

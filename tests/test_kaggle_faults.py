@@ -315,6 +315,50 @@ def test_two_terminals_push_each_run_once(here, server):
     assert server.calls.count("SaveKernel") == 4 and len(server.datasets) == 1
 
 
+def test_a_slow_upload_holds_up_neither_status_nor_the_push_of_another_run(here, server):
+    """It hangs until the test lets it go. A third terminal pushes the same run, and another that needs no upload."""
+    begun, go_on = threading.Event(), threading.Event()
+    server.on_upload = lambda name: (begun.set(), go_on.wait(30))
+    service = impatient(call_seconds=20)
+    said = []
+    terminals = [threading.Thread(target=push, args=(here, "eval-a"), kwargs={"say": said.append})]
+    terminals[0].start()
+    assert begun.wait(20)
+    run = ledger.entries()[0].run
+    assert [(e.run, e.state) for e in following.follow(service)] == [(run, "queued")]
+    assert pulling.pull(service, say=said.append)[0].state == "queued"
+    with pytest.raises(ledger.Busy, match=rf"another process is at {run}; 1 run\(s\) wait"):
+        push(here, "eval-a", at_limit="stop")
+    mounted = here / "params" / "kaggle.yaml"
+    sources = "inputs:\n  tiny/model: someone/tiny\n  tiny/packs: someone/tiny-packs\n"
+    server.datasets |= {"someone/tiny": {}, "someone/tiny-packs": {}}
+    mounted.write_text(mounted.read_text().replace("inputs:\n", sources))
+    assert push(here, "eval-b")[0].state == "submitted" and ledger.find(run).state == "queued"
+    go_on.set()
+    terminals[0].join(30)
+    assert server.calls.count("SaveKernel") == 2 and server.calls.count("CreateDataset") == 1
+    assert all(len(versions) == 1 for versions in server.kernels.values()) and ledger.find(run).state == "submitted"
+
+
+@pytest.mark.parametrize("answer", [None, "drop after"])
+def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(here, server, answer):
+    """Before the answer comes, status has seen the run's end."""
+    seen = []
+
+    def another(method, phase):
+        if (method, phase) == ("SaveKernel", "after") and not seen:
+            (entry,) = ledger.entries()
+            server.wait(entry.run)
+            seen.extend(e.state for e in following.follow(impatient()))
+
+    server.on_call = another
+    if answer:
+        server.inject("SaveKernel", answer)
+    (entry,) = pushing.push(files_of(here, "eval"), impatient(call_seconds=20), poll_seconds=0.02)
+    assert seen == ["ended"] and entry.state == "ended"
+    assert server.calls.count("SaveKernel") == 1 and len(server.kernels[entry.run]) == 1
+
+
 def test_another_setting_or_another_file_is_another_run(here, server):
     runs = {push(here, "eval")[0].run}
     (here / "params" / "tiny" / "eval.yaml").unlink()
