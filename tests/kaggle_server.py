@@ -65,6 +65,7 @@ class KaggleServer:
         self.models = {}  # owner/model/framework/variation/version -> folder
         self.calls, self.faults, self.injected = [], {}, []
         self.on_call = lambda method, phase: None
+        self.on_upload = lambda name: None  # before a file's bytes are taken
         self.refusals = deque()  # `error` texts of the next pushes, in HTTP 200
         self.invalid_sources = []
         self.session_limit, self.quota_hours = 2, 30
@@ -291,6 +292,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(429, b'{"message": "Too many requests"}', "application/json", {"Retry-After": "0"})
         if isinstance(fault, int):
             return self.fail(fault, f"injected, with your key {KEY}")
+        if callable(fault):  # makes an answer of the request's headers
+            return self.reply(400, fault(dict(self.headers)).encode(), "text/plain")
         if not self.authorised():
             return self.fail(401, "Unauthenticated")
         try:
@@ -333,6 +336,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self):
         token = self.path.rsplit("/", 1)[-1]
         name, _ = self.kaggle.blobs[token]
+        self.kaggle.on_upload(name)
         length = self.headers.get("Content-Length")
         content = self.rfile.read(int(length)) if length else b"".join(iter(self.chunk, b""))
         self.kaggle.blobs[token] = (name, content)

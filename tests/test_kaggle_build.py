@@ -3,6 +3,7 @@
 import ast
 import base64
 import hashlib
+import html
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 import types
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -443,6 +445,35 @@ def test_a_token_in_an_error_does_not_reach_the_outcome(session, capsys):
     session.finish("failed", f"Traceback\nHTTPError: 401 for {HF_TOKEN}")
     assert "401 for ***" in (session.work / "eaft_run.json").read_text()
     assert HF_TOKEN not in (session.work / "eaft_run.json").read_text() + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        HF_TOKEN,
+        base64.b64encode(HF_TOKEN.encode()).decode(),
+        base64.b64encode(f"user:{HF_TOKEN}".encode()).decode().rstrip("="),
+        base64.urlsafe_b64encode(f"Bearer {HF_TOKEN}".encode()).decode(),
+    ],
+)
+def test_a_token_is_masked_however_it_is_spelled(session, capsys, spelled):
+    session.secrets.append(HF_TOKEN)
+    session.finish("failed", f"HTTPError: Authorization: Basic {spelled}, repeated")
+    written = (session.work / "eaft_run.json").read_text()
+    assert "Basic ***, repeated" in written and spelled not in written + capsys.readouterr().out
+
+
+def test_a_secret_of_odd_characters_is_masked_in_urls_json_and_html():
+    secret = 'a"/+&é 0123456789'
+    inside = [
+        json.dumps(secret),
+        json.dumps(json.dumps(secret)),
+        urllib.parse.quote(secret, safe=""),
+        html.escape(secret),
+    ]
+    for text in [secret, *inside, urllib.parse.quote(json.dumps(secret))]:
+        assert "0123456789" not in setup_cell.mask(f"x {text} y", [secret]), text
+    assert setup_cell.mask("nothing of it: aGVsbG8=", [secret]) == "nothing of it: aGVsbG8="
 
 
 def test_a_session_may_fail_and_then_complete_but_not_the_other_way_round(session, capsys):

@@ -1,13 +1,17 @@
 """The driver against a service that fails in every way on record: one kernel and one result, whatever happens."""
 
+import base64
 import contextlib
+import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import types
+import urllib.parse
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -114,6 +118,52 @@ def test_faults_that_do_not_end_are_reported_without_the_key(here, server):
     assert "status: 500: injected, with your key ***" in said[0] and KEY not in said[0]
     server.faults.clear()
     assert [e.state for e in pulling.pull(impatient())] == ["verified"]
+
+
+def basic(text):
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+# Of the user name and the key, what an answer quotes.
+ECHOES = {
+    "as it is": lambda user, key: f"Bearer {key}",
+    "base64": lambda user, key: basic(f"{user}:{key}"),
+    "base64 without padding": lambda user, key: basic(f"{user}:{key}").rstrip("="),
+    "base64 for URLs": lambda user, key: "?auth=" + base64.urlsafe_b64encode(f"{user}:{key}".encode()).decode(),
+    "base64 of more": lambda user, key: basic(f"{user}:{key}\n and more"),
+    "percent-encoded": lambda user, key: urllib.parse.quote(f"{key} {basic(f'{user}:{key}')}", safe=""),
+    "JSON": lambda user, key: json.dumps({"message": json.dumps({"error": {"message": f"{key} {basic(key)}"}})}),
+    "an object": lambda user, key: json.dumps({"headers": {"Authorization": basic(f"{user}:{key}"), "key": key}}),
+    "where the text is cut": lambda user, key: "long " * 56 + basic(f"{user}:{key}"),
+}
+
+
+def test_an_answer_that_quotes_what_was_sent_is_printed_without_it(here, server):
+    """Pieces of the key are looked for in what is printed, and in all base64 that can be read there."""
+    service = impatient()
+    users = ("tester", "tester1", "tester12")  # each puts the key elsewhere in base64's groups
+    for (kind, echo), user, key in itertools.product(ECHOES.items(), users, (KEY, 'k/y+w" and=signs~0123456789')):
+        service._secrets.append(key)
+        server.inject("GetAcceleratorQuotaStatistics", lambda headers: f"you sent {echo(user, key)} to us")  # noqa: B023
+        with pytest.raises(KaggleError) as raised:
+            service.quota()
+        said = urllib.parse.unquote(str(raised.value)).removeprefix("Kaggle answered 400")
+        shown = said + "".join(decoded(said[start:]) for start in range(len(said)))
+        pieces = (key[i : i + 5] for i in range(len(key) - 5))
+        assert "***" in said and [piece for piece in pieces if piece in shown] == [], (kind, user, key)
+
+
+def test_what_the_client_really_sends_is_masked(here, server):
+    server.inject("GetAcceleratorQuotaStatistics", lambda headers: f"bad header {headers['Authorization']} here")
+    with pytest.raises(KaggleError, match=r"Kaggle answered 400: bad header Basic \*\*\* here$"):
+        impatient().quota()
+
+
+def decoded(text):
+    """The longest beginning that is base64, as latin-1 or UTF-8."""
+    letters = re.match(r"[\w+/-]*", text, re.ASCII)[0].translate(str.maketrans("-_", "+/"))
+    content = base64.b64decode(letters[: len(letters) // 4 * 4])
+    return content.decode("latin-1") + content.decode("utf-8", "ignore")
 
 
 def test_credentials_that_are_not_accepted_leave_the_run_queued(here, server):
@@ -263,6 +313,50 @@ def test_two_terminals_push_each_run_once(here, server):
         terminal.join(60)
     assert len(server.kernels) == 4 and all(len(versions) == 1 for versions in server.kernels.values())
     assert server.calls.count("SaveKernel") == 4 and len(server.datasets) == 1
+
+
+def test_a_slow_upload_holds_up_neither_status_nor_the_push_of_another_run(here, server):
+    """It hangs until the test lets it go. A third terminal pushes the same run, and another that needs no upload."""
+    begun, go_on = threading.Event(), threading.Event()
+    server.on_upload = lambda name: (begun.set(), go_on.wait(30))
+    service = impatient(call_seconds=20)
+    said = []
+    terminals = [threading.Thread(target=push, args=(here, "eval-a"), kwargs={"say": said.append})]
+    terminals[0].start()
+    assert begun.wait(20)
+    run = ledger.entries()[0].run
+    assert [(e.run, e.state) for e in following.follow(service)] == [(run, "queued")]
+    assert pulling.pull(service, say=said.append)[0].state == "queued"
+    with pytest.raises(ledger.Busy, match=rf"another process is at {run}; 1 run\(s\) wait"):
+        push(here, "eval-a", at_limit="stop")
+    mounted = here / "params" / "kaggle.yaml"
+    sources = "inputs:\n  tiny/model: someone/tiny\n  tiny/packs: someone/tiny-packs\n"
+    server.datasets |= {"someone/tiny": {}, "someone/tiny-packs": {}}
+    mounted.write_text(mounted.read_text().replace("inputs:\n", sources))
+    assert push(here, "eval-b")[0].state == "submitted" and ledger.find(run).state == "queued"
+    go_on.set()
+    terminals[0].join(30)
+    assert server.calls.count("SaveKernel") == 2 and server.calls.count("CreateDataset") == 1
+    assert all(len(versions) == 1 for versions in server.kernels.values()) and ledger.find(run).state == "submitted"
+
+
+@pytest.mark.parametrize("answer", [None, "drop after"])
+def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(here, server, answer):
+    """Before the answer comes, status has seen the run's end."""
+    seen = []
+
+    def another(method, phase):
+        if (method, phase) == ("SaveKernel", "after") and not seen:
+            (entry,) = ledger.entries()
+            server.wait(entry.run)
+            seen.extend(e.state for e in following.follow(impatient()))
+
+    server.on_call = another
+    if answer:
+        server.inject("SaveKernel", answer)
+    (entry,) = pushing.push(files_of(here, "eval"), impatient(call_seconds=20), poll_seconds=0.02)
+    assert seen == ["ended"] and entry.state == "ended"
+    assert server.calls.count("SaveKernel") == 1 and len(server.kernels[entry.run]) == 1
 
 
 def test_another_setting_or_another_file_is_another_run(here, server):

@@ -17,6 +17,10 @@ LEDGER = "run.json"
 ROOT = Path("kaggle_runs")
 
 
+class Busy(KaggleError):
+    """Another process is at this run."""
+
+
 class Step(BaseModel):
     """A state, the time that the run entered it (UTC, ISO 8601), and why."""
 
@@ -157,11 +161,17 @@ def entries() -> list[Entry]:
 
 @contextmanager
 def locked(run: str = "", seconds: float = 600):
-    """One process at a time, for all runs or for the download of one; the lock goes with its process, however that ends."""
+    """One process at a time; the lock goes with its process, however that ends.
+
+    Without ``run``: for a decision and the writing of it. With: for what takes long with one run, its upload or download;
+    the first lock may be taken within the second. Raises KaggleError, or Busy of a run.
+    """
     file = ROOT / run / ".lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(file, timeout=seconds):
             yield
     except Timeout:
+        if run:
+            raise Busy(f"another process is at {run}") from None
         raise KaggleError(f"another process has held {file} for {seconds:.0f} s; let it end, then repeat") from None

@@ -13,8 +13,9 @@ from ..files import sha256
 from . import build, ledger, outcome
 from .build import Plan, Settings
 from .following import GRACE, Say, arrived, counts, describe, refresh, say_now
-from .ledger import Entry
+from .ledger import Busy, Entry
 from .service import LimitReached, QuotaReached, Refused, Service, Unreachable
+from .states import Name
 
 POLL_SECONDS = 60
 QUOTA_POLLS = 10  # of which one is enough while the week's quota is used up
@@ -152,76 +153,115 @@ def _mention_left_behind(plans: Sequence[Plan], say: Say) -> None:
             say(f"{entry.run}  has finished packs of other code: check out {entry.commit} to resume from them")
 
 
-def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> LimitReached | Unreachable:
+def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> LimitReached | Unreachable | Busy:
     """One round; returns why the runs wait that it has left queued, or of which it is not known whether they arrived."""
-    with ledger.locked():
-        try:
-            _submit_in_turn(service, runs, sessions, say)
-        except (LimitReached, Unreachable) as reason:
-            return reason
+    try:
+        _submit_in_turn(service, runs, sessions, say)
+    except (LimitReached, Unreachable, Busy) as reason:
+        return reason
     return LimitReached(f"all {sessions} GPU sessions are in use")
 
 
 def _submit_in_turn(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
-    """Raises LimitReached, or Unreachable when all else is done and of some run it is not known where it is."""
+    """Raises LimitReached, or Unreachable or Busy when all else is done and of some run it is not known where it is."""
     unclear = None
     for entry in ledger.owned_by(service.owner):
         try:
             if entry.state == "pushing":  # a process ended between the intent and the answer
-                _submit(service, entry, say)
+                _submit(service, entry.run, sessions, say)
             else:
-                refresh(service, entry)
-        except Unreachable as error:  # it keeps its place among the sessions
+                with ledger.locked():
+                    refresh(service, ledger.find(entry.run))
+        except (Unreachable, Busy) as error:  # it keeps its place among the sessions
             unclear = error
     for run in runs:
-        entry = ledger.find(run)
-        in_use = sum(e.active for e in ledger.owned_by(service.owner))
-        if entry.state == "queued" and in_use < sessions:
-            _submit(service, entry, say)
+        if ledger.find(run).state == "queued" and _in_use(service) < sessions:
+            try:
+                _submit(service, run, sessions, say)
+            except Busy as error:
+                unclear = error
     if unclear:
         raise unclear
 
 
-def _submit(service: Service, entry: Entry, say: Say) -> None:
-    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again."""
-    again = entry.state == "pushing"
-    if not again:
-        try:
-            for metadata in sorted(entry.push_folder.glob("*/dataset-metadata.json")):
-                _ensure_dataset(service, metadata.parent)
-        except BadDataset as error:
-            say(describe(entry.enter("failed", str(error))))
+def _in_use(service: Service) -> int:
+    return sum(entry.active for entry in ledger.owned_by(service.owner))
+
+
+def _submit(service: Service, run: str, sessions: int, say: Say) -> None:
+    """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again.
+
+    The others may look and decide meanwhile, but none is at this run. Raises Busy where one is.
+    """
+    with ledger.locked(run, seconds=0):
+        again = ledger.find(run).state == "pushing"
+        if not again and not (_ensure_datasets(service, run, say) and _take_session(service, run, sessions)):
             return
-        entry = entry.enter("pushing")
-    if there := arrived(service, entry):
-        entry = there
-    elif again and entry.age < SETTLE:
-        raise Unreachable(f"whether {entry.run} arrived is not known yet")
-    else:
-        entry = _push(service, entry.enter("pushing", "again: it did not arrive") if again else entry, say)
+        with ledger.locked():
+            before = ledger.find(run)
+            entry = arrived(service, before)
+        if entry is None:
+            if again and before.age < SETTLE:
+                raise Unreachable(f"whether {run} arrived is not known yet")
+            if again:
+                _settle(run, "pushing", "again: it did not arrive")
+            entry = _push(service, run, say)
     if entry.state == "submitted":
-        say(f"{entry.run}  submitted, version {entry.version}: {entry.url}")
+        say(f"{run}  submitted, version {entry.version}: {entry.url}")
 
 
-def _push(service: Service, entry: Entry, say: Say) -> Entry:
+def _ensure_datasets(service: Service, run: str, say: Say) -> bool:
+    """Whether all that the run needs is there, and whole; if not, it has failed."""
+    folder = ledger.find(run).push_folder
+    try:
+        for metadata in sorted(folder.glob("*/dataset-metadata.json")):
+            _ensure_dataset(service, metadata.parent)
+    except BadDataset as error:
+        with ledger.locked():
+            say(describe(ledger.find(run).enter("failed", str(error))))
+        return False
+    return True
+
+
+def _take_session(service: Service, run: str, sessions: int) -> bool:
+    """Whether there is still one: the run is then about to be pushed."""
+    with ledger.locked():
+        entry = ledger.find(run)
+        free = entry.state == "queued" and _in_use(service) < sessions
+        if free:
+            entry.enter("pushing")
+    return free
+
+
+def _push(service: Service, run: str, say: Say) -> Entry:
+    entry = ledger.find(run)
     try:
         pushed = service.push(entry.push_folder, entry.session_seconds)
     except LimitReached as limit:
-        entry.enter("queued", str(limit))
+        _settle(run, "queued", str(limit))
         raise
     except Refused as refusal:
         if refusal.status in (401, 403):  # the account's trouble, not the run's
-            entry.enter("queued", str(refusal))
+            _settle(run, "queued", str(refusal))
             raise
-        entry = entry.enter("failed", str(refusal))
+        entry = _settle(run, "failed", str(refusal))
     else:
-        entry = entry.enter("submitted", version=pushed.version, url=pushed.url)
+        entry = _settle(run, "submitted", version=pushed.version, url=pushed.url)
         if pushed.missing:
             reason = f"no such sources, or no access to them: {', '.join(pushed.missing)}. Correct params/kaggle.yaml."
-            entry = entry.enter("failed", f"{reason} It was started all the same: stop it at {entry.url}")
+            with ledger.locked():
+                entry = ledger.find(run)
+                entry = entry.enter("failed", f"{reason} It was started all the same: stop it at {entry.url}")
     if entry.state == "failed":
         say(describe(entry))
     return entry
+
+
+def _settle(run: str, state: Name, note: str = "", **changes) -> Entry:
+    """What became of a push, unless another process has seen the run on the service meanwhile and knows better."""
+    with ledger.locked():
+        entry = ledger.find(run)
+        return entry.enter(state, note, **changes) if entry.state == "pushing" else entry
 
 
 def _ensure_dataset(service: Service, folder: Path) -> None:

@@ -18,6 +18,7 @@ import requests
 import tenacity
 
 from ..errors import KaggleError
+from .setup_cell import mask
 
 CALL_SECONDS = 60
 TRANSFER_SECONDS = 3600  # of one file's download, or of a data set's upload
@@ -91,7 +92,7 @@ class Service:
                 raise kind(self._clean(answer.error))
             raise Refused(200, self._clean(answer.error))
         kinds = ("dataset", "model", "kernel", "competition")
-        missing = [s for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
+        missing = [self._clean(s) for kind in kinds for s in getattr(answer, f"invalid_{kind}_sources") or []]
         return Pushed(answer.url, answer.version_number, missing)
 
     def source(self, slug: str) -> tuple[str, int | None] | None:
@@ -260,7 +261,7 @@ class Service:
         try:
             return _within(seconds, call)
         except requests.HTTPError as error:
-            status, reason = _reason(error.response)
+            status, reason = _reason(error.response, self._clean)
             if status == 429 or status >= 500:
                 raise _Transient(f"{status}: {reason}", _retry_after(error.response)) from None
             raise Refused(status, reason) from None
@@ -270,9 +271,8 @@ class Service:
             raise Refused(400, str(error)) from None
 
     def _clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return _HF_TOKEN.sub("***", text)
+        """Without what was sent to sign in, and without any session's token."""
+        return _HF_TOKEN.sub("***", mask(text, self._secrets))
 
 
 def safe_path(folder: Path, name: str) -> Path | None:
@@ -319,8 +319,11 @@ def _download(url: str, target: Path) -> None:
     temporary.replace(target)
 
 
-def _reason(response: requests.Response) -> tuple[int, str]:
-    """Status, and the message inside an error body, however deep it is nested; else the beginning of the body."""
+def _reason(response: requests.Response, clean: Callable[[str], str]) -> tuple[int, str]:
+    """Status, and the message inside an error body, however deep it is nested; else the beginning of the body.
+
+    The body is cleaned first: a secret that is cut in two is not known again.
+    """
 
     def search(content: object) -> str | None:
         if isinstance(content, dict):
@@ -342,8 +345,9 @@ def _reason(response: requests.Response) -> tuple[int, str]:
     status = response.status_code
     if status < 400:  # the package raises for a body that holds an error's code, too
         status = response.json()["code"]
-    beginning = " ".join(re.sub(r"<[^>]*>", " ", response.text).split())[:300]
-    return status, search_text(response.text) or beginning or response.reason or "no reason"
+    text = clean(response.text)
+    beginning = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:300]
+    return status, search_text(text) or beginning or response.reason or "no reason"
 
 
 def _retry_after(response: requests.Response) -> float | None:

@@ -8,11 +8,13 @@ import base64
 import contextlib
 import glob
 import hashlib
+import html
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import urllib.parse
 from pathlib import Path
 
 from IPython import get_ipython
@@ -132,9 +135,7 @@ class Session:
         temporary.replace(self.work / OUTCOME)
 
     def _without_secrets(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return mask(text, self.secrets)
 
     def _set_deadline(self) -> None:
         """Stop before the session is killed: a session that is killed may not say why."""
@@ -250,6 +251,40 @@ class Session:
             print(f"{name:13}{', '.join(value) or 'none' if name == 'gpus' else value}")
         print(f"{'eaftlib':13}{self.run['wheel']['name']}, commit {self.run['commit']}")
         print(f"{'results in':13}{self.work}")
+
+
+def mask(text: str, secrets: list[str]) -> str:
+    """``text`` without the secrets, however they are spelled: as they are, or inside base64 of anything, say of user:key."""
+    for secret in secrets:
+        for form in _escaped(secret):
+            text = text.replace(form, "***")
+        cores = "|".join(re.escape(form) for core in _in_base64(secret.encode()) for form in _escaped(core))
+        text = re.sub(rf"[\w+/-]*(?:{cores})[\w+/-]*=*", "***", text)
+    return text
+
+
+def _escaped(secret: str) -> set[str]:
+    """As plain text, URLs, HTML and JSON spell it, also one inside another. None spells letters or digits differently."""
+    ways = [
+        lambda s: s,
+        urllib.parse.quote,
+        lambda s: urllib.parse.quote(s, safe=""),
+        lambda s: re.sub("%..", lambda code: code[0].lower(), urllib.parse.quote(s, safe="")),
+        html.escape,
+        lambda s: json.dumps(s)[1:-1],
+        lambda s: json.dumps(s)[1:-1].replace("/", "\\/"),
+    ]
+    return {outer(inner(secret)) for inner in ways for outer in ways}
+
+
+def _in_base64(secret: bytes) -> set[str]:
+    """What all base64 that holds the secret has in common, by where in a group of 3 bytes it begins, in both alphabets."""
+    found = set()
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + secret).decode()
+        core = text[-(-before * 8 // 6) : (before + len(secret)) * 8 // 6]  # whole characters of the secret alone
+        found |= {core, core.translate(str.maketrans("+/", "-_"))}
+    return found
 
 
 def link(name: Path, target: Path) -> None:
