@@ -52,14 +52,7 @@ def evaluate(
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
-    spans = checkpoint.family.completion_spans
-    jobs = [
-        pack_blocks(
-            source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=_at(num_blocks, length), rows=rows
-        )
-        for pack in packs
-        for length in seq_lens
-    ]
+    jobs = _packed(checkpoint, source, packs, {n: _at(num_blocks, n) for n in seq_lens}, rows)
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     settings |= {"gpu_name": forward.gpu_names(placement)}
@@ -86,6 +79,18 @@ def evaluate(
             results.write(out_dir, label, metas[label], entries[label], tokens[label])
         journal.remove()
     return [out_dir / f"{label}.json" for label in keep_sets]
+
+
+def _packed(
+    checkpoint: Checkpoint, source: PackSource, packs: Sequence[str], blocks_of: Mapping[int, int], rows: str
+) -> list[Blocks]:
+    """Every pack at every sequence length; blocks_of: how many blocks of each."""
+    spans = checkpoint.family.completion_spans
+    return [
+        pack_blocks(source, pack, checkpoint.tokenizer, spans, seq_len=length, num_blocks=count, rows=rows)
+        for pack in packs
+        for length, count in blocks_of.items()
+    ]
 
 
 def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
