@@ -14,7 +14,7 @@ from eaftlib.engine.attention import attention_with_sinks
 from eaftlib.kernels import divergence as plain_divergence
 from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
-from eaftlib.kernels.fused import divergence
+from eaftlib.kernels.fused import divergence, expert_activation, expert_combination
 from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.kernels.fused.attention import attention
 from eaftlib.kernels.fused.mxfp4 import decode
@@ -92,7 +92,7 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     trace = measured.ExpertTrace.empty(1, tokens, 4, e, x.device)
     probe = measured.ExpertProbe(trace, 0, 0, torch.arange(tokens, device="cuda"))
 
-    fused = partial(measured.grouped, between=measured.Between.fused())
+    fused = partial(measured.grouped, between=measured.Between.of(expert_activation, expert_combination))
     grouped = measured.measured(fused)
 
     def stock(implementation):
