@@ -123,6 +123,7 @@ CRITERIA = {
     "eaft_reap": lambda s: s["eaft_gate_norm_sum"],
     "eaft_reap_mean": lambda s: _mean(s["eaft_gate_norm_sum"], s["count"]),
 }
+MEANS = ("ean_mean", "msan", "reap", "eaft_reap_mean")  # of those, averages: none where no token came
 RANDOM = "random"
 RECON = "recon"  # from Gram matrices instead of sums, see recon.py
 

@@ -125,13 +125,8 @@ def from_ranking(
     ParameterError or ResultError when the ranking is of another model, lacks the criterion, or the count is impossible.
     """
     content = read_ranking(ranking)
+    _require_made_from(checkpoint, ranking, content)
     provenance = content["provenance"]
-    if provenance["model_sha256"] != checkpoint.sha256:
-        raise ResultError(
-            f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
-            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
-            "of earlier versions know a model by its routers alone and have to be made again.)"
-        )
     if criterion not in content["criteria"]:
         raise ParameterError(f"criterion: found {criterion!r}; {ranking} has {sorted(content['criteria'])}")
     count = keep_count(
@@ -155,3 +150,20 @@ def from_ranking(
     if "keep_sets" in entry:
         chosen_by["by"] = by
     return KeepSet(ids, checkpoint.num_experts, chosen_by)
+
+
+def _require_made_from(checkpoint: Checkpoint, ranking: str | Path, content: dict) -> None:
+    provenance = content["provenance"]
+    for name in ("num_layers", "num_experts", "top_k"):
+        found, expected = content[name], getattr(checkpoint, name)
+        if found != expected:
+            raise ResultError(
+                f"ranking {ranking}: {name} is {found}; {checkpoint.model_id} has {expected}. It was made from "
+                f"{provenance['model_id']}; run 01_rank on the model that you want to prune."
+            )
+    if provenance["model_sha256"] != checkpoint.sha256:
+        raise ResultError(
+            f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
+            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
+            "of earlier versions know a model by its routers alone and have to be made again.)"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ParameterError, ResultError
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, typed, write_atomically, write_json
 from .criteria import RANDOM, RECON, criterion_scores, rank_experts, sums_by_layer
 from .recon import reconstruct
 
 if TYPE_CHECKING:  # a trace's module loads the engine
     from .trace import Trace
 
-SCHEMA = "eaft-ranking/1"
+AGAIN = "run 01_rank (again)"
 
 
 def ranking_of(
@@ -29,6 +30,8 @@ def ranking_of(
 
     Raises ParameterError for ``recon`` where the trace has no Gram matrices.
     """
+    from .schema import SCHEMA
+
     layers, _, top_k = trace.expert.shape
     provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
     entries = {}
@@ -38,8 +41,7 @@ def ranking_of(
             provenance["grams_sha256"] = _sha256(trace.grams, trace.router_logits)
         else:
             entries[name] = by_sums(sums, name, seed)
-    everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
-    provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
+    provenance["sha256"] = content_sha256(provenance, entries)
     return {
         "schema": SCHEMA,
         "provenance": provenance,
@@ -77,6 +79,12 @@ def _by_reconstruction(trace: Trace, progress: bool) -> dict:
     }
 
 
+def content_sha256(provenance: dict, criteria: dict) -> str:
+    """Identifies a ranking by what it says and came from, also once it was written and read: JSON keeps every number."""
+    of = {name: value for name, value in provenance.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps({"provenance": of, "criteria": criteria}, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
@@ -102,12 +110,19 @@ def write_ranking(out_dir: Path, ranking: dict, sums: pa.Table) -> None:
 
 
 def read_ranking(path: str | Path) -> dict:
-    """ranking.json, given as the file or its folder. Raises ResultError when it is not one."""
-    path = Path(path)
-    file = path / "ranking.json" if path.is_dir() else path
-    ranking = read_json(file, ResultError, "run 01_rank (again)")
-    if ranking.get("schema") != SCHEMA:
-        raise ResultError(f"ranking: {file} has schema {ranking.get('schema')!r}, expected {SCHEMA!r}")
+    """ranking.json, given as the file or its folder, checked whole (see schema.py). Raises ResultError when it is not one."""
+    from .schema import RankingFile
+
+    file = Path(path) / "ranking.json" if os.path.isdir(path) else Path(path)
+    ranking = read_json(file, ResultError, AGAIN)
+    typed(ranking, RankingFile, f"{file}", ResultError, AGAIN)
+    provenance = ranking["provenance"]
+    found = content_sha256(provenance, ranking["criteria"])
+    if found != provenance["sha256"]:
+        raise ResultError(
+            f"{file} was changed after it was written: the SHA-256 of its provenance and criteria is {found}, "
+            f"provenance.sha256 says {provenance['sha256']}; {AGAIN}"
+        )
     return ranking
 
 
