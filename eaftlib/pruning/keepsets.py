@@ -134,7 +134,7 @@ def from_ranking(
     )
     always = None
     if core_top_m or keep_super:
-        sums = read_sums(ranking, provenance)
+        sums = read_sums(ranking, content)
         always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
     entry = content["criteria"][criterion]
     ids, by = kept_by(entry, count, always)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ParameterError, ResultError
-from ..files import read_json, typed, write_atomically, write_json
+from ..files import json_text, read_json, typed, write_together
 from .criteria import RANDOM, RECON, criterion_scores, rank_experts, sums_by_layer
 from .recon import reconstruct
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:  # a trace's module loads the engine
     from .trace import Trace
 
 AGAIN = "run 01_rank (again)"
+COLUMNS = {name: "int64" for name in ("layer", "expert", "count")}  # of saliency.parquet, see criteria.expert_sums
+COLUMNS |= {name: "double" for name in ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "max_activation")}
+COLUMNS |= {name: "double" for name in ("eaft_gate_norm_sum", "pos_gate_norm_sum", "neg_gate_norm_sum")}
+COLUMNS |= {name: "int64" for name in ("pos_count", "neg_count")}
+WEIGHTED = "eaft_gate_norm_sum"  # weights may be negative
 
 
 def ranking_of(
@@ -101,12 +107,11 @@ def sums_sha256(sums: pa.Table) -> str:
 
 
 def write_ranking(out_dir: Path, ranking: dict, sums: pa.Table) -> None:
-    """ranking.json and saliency.parquet."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out_dir / "saliency.parquet", lambda temporary: pq.write_table(sums, temporary, compression="zstd")
-    )
-    write_json(out_dir / "ranking.json", ranking)
+    """ranking.json and saliency.parquet; both are whole before one takes the place of an earlier one."""
+    table = pa.BufferOutputStream()
+    pq.write_table(sums, table, compression="zstd")
+    contents = {"saliency.parquet": table.getvalue().to_pybytes(), "ranking.json": json_text(ranking).encode()}
+    write_together(out_dir, contents)
 
 
 def read_ranking(path: str | Path) -> dict:
@@ -126,13 +131,50 @@ def read_ranking(path: str | Path) -> dict:
     return ranking
 
 
-def read_sums(ranking: str | Path, provenance: dict) -> pa.Table:
-    """saliency.parquet beside a ranking. Raises ResultError when it is missing or not the ranking's."""
-    folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
-    file = folder / "saliency.parquet"
-    if not file.is_file():
-        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or run 01_rank again")
-    sums = pq.read_table(file)
-    if sums_sha256(sums) != provenance["saliency_sha256"]:
-        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash. Run 01_rank again.")
+def read_sums(ranking: str | Path, content: dict) -> pa.Table:
+    """saliency.parquet beside a ranking, of which ``content`` was read. Raises ResultError when it is missing or another's."""
+    file = (Path(ranking) if os.path.isdir(ranking) else Path(ranking).parent) / "saliency.parquet"
+    if not os.path.isfile(file):
+        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or {AGAIN}")
+    try:
+        sums = _read_columns(file, content["num_layers"] * content["num_experts"])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:  # the last: names of columns
+        raise ResultError(f"{file} cannot be read ({cause}): it is damaged or no parquet file; {AGAIN}") from cause
+    if sums_sha256(sums) != content["provenance"]["saliency_sha256"]:
+        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash; {AGAIN}")
+    for field, wrong in _contradictions(sums, content):
+        if wrong.any():
+            row = sums.slice(int(wrong.argmax()), 1).to_pylist()[0]
+            raise ResultError(f"{file}: {field}: found {row}, which cannot be beside the other rows; {AGAIN}")
     return sums
+
+
+def _read_columns(file: Path, rows: int) -> pa.Table:
+    with pq.ParquetFile(file) as opened:
+        types = {field.name: str(field.type) for field in opened.schema_arrow}
+        if list(types.items()) != list(COLUMNS.items()):
+            raise ResultError(f"{file}: found columns {types}, expected {COLUMNS}; {AGAIN}")
+        if opened.metadata.num_rows != rows:
+            found = opened.metadata.num_rows
+            raise ResultError(f"{file}: found {found} rows, expected {rows}, one for each layer and expert; {AGAIN}")
+        sums = opened.read()
+    for name in sums.column_names:
+        if sums[name].null_count:
+            raise ResultError(
+                f"{file}: {name}: found {sums[name].null_count} nulls, expected a number in each row; {AGAIN}"
+            )
+    return sums
+
+
+def _contradictions(sums: pa.Table, content: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """What is looked at, and in which rows it cannot be."""
+    of = {name: sums[name].to_numpy() for name in sums.column_names}
+    layer, expert = np.indices((content["num_layers"], content["num_experts"])).reshape(2, -1)
+    yield "layer, expert", (of["layer"] != layer) | (of["expert"] != expert)
+    for name in sums.column_names:
+        yield name, ~np.isfinite(of[name]) | ((of[name] < 0) & (name != WEIGHTED))
+    yield "pos_count, neg_count", of["pos_count"] + of["neg_count"] > of["count"]
+    routed = content["provenance"]["kept_tokens"] * content["top_k"]
+    yield "count", np.bincount(layer, of["count"])[layer] != routed
+    for name in ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "max_activation", "eaft_gate_norm_sum"):
+        yield name, (of["count"] == 0) & (of[name] != 0)
