@@ -4,45 +4,13 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .criteria import ALIGNMENTS, CRITERIA, MEANS, RANDOM, RECON, rank_experts
+from .provenance import Finite, Id, Loss, Name, Part, Positive, Sha256, Share, TraceProvenance
 
 SCHEMA = "eaft-ranking/1"
-Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Loss = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
-Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Positive = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
-Id = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Name = Annotated[str, Field(min_length=1)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 COUNTED = "frequency"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-
-class TraceProvenance(_Part):
-    """What a trace came from. Earlier ones lack ``eos_token_id``; those without Gram matrices lack ``recon_tokens``."""
-
-    model_id: Name
-    model_sha256: Sha256
-    tokenizer_sha256: Sha256
-    eos_token_id: Id | None = None
-    pack: Name
-    rows: Literal["all", "calib", "eval"]
-    rows_seen: Count
-    rows_sha256: Sha256
-    seq_len: Positive
-    num_blocks: Positive
-    kept_tokens: Positive
-    entropy_topk: Positive
-    device: Name
-    dtype: Name
-    recon_tokens: Positive | None = None
-    recon_tokens_found: Positive | None = None
 
 
 class Provenance(TraceProvenance):
@@ -61,7 +29,7 @@ class Provenance(TraceProvenance):
     sha256: Sha256
 
 
-class Entry(_Part):
+class Entry(Part):
     """One criterion, by layer. keep_sets, losses: by count, of ``recon`` alone."""
 
     scores: list[list[Finite | None]]
@@ -70,7 +38,7 @@ class Entry(_Part):
     losses: dict[str, list[Loss]] | None = None
 
 
-class RankingFile(_Part):
+class RankingFile(Part):
     schema_: Literal[SCHEMA] = Field(alias="schema")
     provenance: Provenance
     num_layers: Positive

@@ -15,12 +15,10 @@ from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
 from ..engine.weights import Weights
-from ..errors import ResultError
 from ..files import write_atomically
 from ..model.checkpoint import Checkpoint
 from ..text.packs import Blocks
-
-TRACE = "trace.safetensors"
+from .trace_file import TRACE, read_trace
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,8 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
-        from safetensors import safe_open
-
-        if not Path(path).is_file():
-            raise ResultError(f"{path}: no such trace; run 01_rank, which writes it beside ranking.json")
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        return cls(**arrays, num_experts=int(metadata["num_experts"]), provenance=json.loads(metadata["provenance"]))
+        """Raises ResultError where it is missing, damaged, or contradicts itself, see trace_file.py."""
+        return cls(**read_trace(Path(path)))
 
 
 @over_gpus
