@@ -132,6 +132,8 @@ def criterion_scores(sums: pa.Table, criterion: str, seed: int = 0) -> np.ndarra
     """float64 [L, E], larger is more worth keeping; NaN where a mean has no token to average."""
     columns = sums_by_layer(sums)
     if criterion == RANDOM:
+        if seed < 0:
+            raise ParameterError(f"seed: found {seed}, expected 0 or more")
         return np.random.default_rng(seed).random(columns["count"].shape)
     if criterion not in CRITERIA:
         raise ParameterError(f"criteria: found {criterion!r}, expected some of {[*CRITERIA, RANDOM]}")

@@ -90,6 +90,8 @@ def core_experts(sums: pa.Table, top_m: int) -> np.ndarray:
     mass = sums_by_layer(sums)["pos_gate_norm_sum"]
     if not 0 <= top_m <= mass.shape[1]:
         raise ParameterError(f"core_top_m: found {top_m}, expected 0 to {mass.shape[1]}")
+    if top_m and not mass.any():
+        raise ParameterError(f"core_top_m: found {top_m}, but no token of the ranking weighs more than 0; expected 0")
     best = np.argsort(-mass, axis=1, kind="stable")[:, :top_m]
     mask = np.zeros(mass.shape, bool)
     np.put_along_axis(mask, best, True, axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ParameterError, ResultError
+from ..errors import ParameterError, ResultError, ScoringError
 from ..files import json_text, read_json, typed, write_together
 from .criteria import RANDOM, RECON, criterion_scores, rank_experts, sums_by_layer
 from .recon import reconstruct
@@ -34,10 +34,13 @@ def ranking_of(
 ) -> dict:
     """The content of ranking.json. settings: the weights, quantile and alignment that ``sums`` were made with.
 
-    Raises ParameterError for ``recon`` where the trace has no Gram matrices.
+    Raises ParameterError for ``recon`` where the trace has no Gram matrices, ScoringError where a sum is not finite.
     """
     from .schema import SCHEMA
 
+    for name in sums.column_names:
+        if not np.isfinite(sums[name].to_numpy()).all():
+            raise ScoringError(f"{name}: an expert's output is NaN, Inf or overflows; run with dtype float32")
     layers, _, top_k = trace.expert.shape
     provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
     entries = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ def read_trace(path: Path) -> dict:
     except (KeyError, ValueError, RecursionError) as cause:
         raise _error(path, "metadata", f"found no num_experts or no provenance that can be read ({cause!r})") from cause
     typed(provenance, TraceProvenance, f"{path}: provenance", ResultError, AGAIN)
+    if "sha256" in metadata and metadata["sha256"] != content_sha256(arrays, metadata):  # earlier ones have none
+        raise _error(path, "sha256", "what is in the file has another; it was changed after it was written")
     _require_shapes(path, arrays, num_experts, provenance)
     _require_values(path, arrays, num_experts)
     return arrays | {"num_experts": num_experts, "provenance": provenance}
@@ -96,6 +100,17 @@ def _require_values(path: Path, arrays: dict[str, np.ndarray], num_experts: int)
         found = arrays[name].min(), arrays[name].max()
         if not (low <= found[0] and found[1] <= high):
             raise _error(path, name, f"found values from {found[0]} to {found[1]}, expected {low} to {high}")
+
+
+def content_sha256(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Identifies a trace by its arrays and what else it says, in whatever order the file has them."""
+    digest = hashlib.sha256()
+    for name in sorted(set(metadata) - {"sha256"}):
+        digest.update(f"{name} {len(metadata[name])}\n{metadata[name]}".encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
 
 
 def _error(path: Path, field: str, what: str) -> ResultError:
