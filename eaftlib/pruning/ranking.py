@@ -154,9 +154,9 @@ def read_sums(ranking: str | Path, content: dict) -> pa.Table:
 
 def _read_columns(file: Path, rows: int) -> pa.Table:
     with pq.ParquetFile(file) as opened:
-        types = {field.name: str(field.type) for field in opened.schema_arrow}
-        if list(types.items()) != list(COLUMNS.items()):
-            raise ResultError(f"{file}: found columns {types}, expected {COLUMNS}; {AGAIN}")
+        found = [(field.name, str(field.type)) for field in opened.schema_arrow]
+        if found != list(COLUMNS.items()):
+            raise ResultError(f"{file}: found columns {found}, expected {list(COLUMNS.items())}; {AGAIN}")
         if opened.metadata.num_rows != rows:
             found = opened.metadata.num_rows
             raise ResultError(f"{file}: found {found} rows, expected {rows}, one for each layer and expert; {AGAIN}")

@@ -53,6 +53,9 @@ class Trace:
         from safetensors.numpy import save_file
 
         arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        arrays = {
+            name: np.ascontiguousarray(values) for name, values in arrays.items()
+        }  # the format writes memory as it is
         metadata = {"num_experts": str(self.num_experts), "provenance": json.dumps(self.provenance)}
         metadata["sha256"] = content_sha256(arrays, metadata)
         write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
