@@ -61,7 +61,7 @@ def made_up_trace():
         peak=norm / 2,
         num_experts=EXPERTS,
         provenance={name: value for name, value in provenance.items() if name not in of_ranking},
-        grams=(outputs @ outputs.swapaxes(2, 3))[:, :, *upper].astype(np.float32),
+        grams=np.ascontiguousarray((outputs @ outputs.swapaxes(2, 3))[:, :, *upper].astype(np.float32)),
         router_logits=rng.normal(size=(LAYERS, SAMPLED, EXPERTS)).astype(np.float32),
     )
 
