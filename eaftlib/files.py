@@ -68,6 +68,16 @@ def require_file(path: Path, error: type[EaftError], advice: str) -> None:
         raise error(f"{path} is no file, but a folder or a device; {advice}")
 
 
+def require_writable_folder(folder: Path, error: type[EaftError]) -> None:
+    """A folder that takes files, made where it is missing; asked before hours of work, whose result will go there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as cause:  # the latter: a name with a null byte
+        raise error(f"{folder} is no folder that can be written to ({cause}); choose another one") from cause
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"found {name}, which is no number of JSON")
 

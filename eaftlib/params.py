@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
 Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LossWeight = Annotated[FiniteFloat, Field(ge=0)]
 
 
@@ -82,15 +83,23 @@ class Rank(Parameters):
     device: str
     dtype: str
     max_gpu_memory: Annotated[float, Field(gt=0)] | None
-    seed: int
+    seed: Seed
     out_dir: str
+
+    @model_validator(mode="after")
+    def _some_tokens_count(self) -> Self:
+        if self.w_good == self.w_uncertain == self.w_conflict == 0:
+            raise ValueError(
+                "w_good, w_uncertain, w_conflict: all are 0, so that no token counts; give one another weight"
+            )
+        return self
 
 
 class KeepSetParameters(Parameters):
     """How the experts that stay are chosen."""
 
     ranking: str
-    criterion: str
+    criterion: Annotated[str, Field(min_length=1)]
     keep_frac: float | None = None
     keep_n: int | None = None
     multiple_of: int = 4
@@ -115,7 +124,7 @@ class LabelledKeepSet(KeepSetParameters):
 
     label: str
     ranking: str | None = None
-    criterion: str | None = None
+    criterion: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _whole_or_complete(self) -> Self:
@@ -224,7 +233,7 @@ class Recover(KeepSetParameters):
     w_good: LossWeight
     w_uncertain: LossWeight
     w_conflict: LossWeight
-    seed: int
+    seed: Seed
     init: str | None
     device: str
     dtype: str

@@ -125,7 +125,8 @@ figures.saliency_map(scores[p.criteria[0]], p.criteria[0], keep_n)
 # one colour needs them all.
 
 # %%
-figures.mass_concentration({name: s for name, s in scores.items() if name not in ("random", "recon")})
+masses = {name: s for name, s in scores.items() if name not in ("random", "recon")}
+figures.mass_concentration(masses) if masses else None
 
 # %% [markdown]
 # **Read from it:** the further a line bows above the diagonal, the more of that criterion's mass survives when few experts stay. Only

@@ -134,7 +134,7 @@ def test_a_saved_trace_is_read_back_whole(trace, tmp_path):
             np.testing.assert_array_equal(getattr(again, name), value)
         else:
             assert getattr(again, name) == value
-    with pytest.raises(ResultError, match=r"u\.safetensors: no such trace"):
+    with pytest.raises(ResultError, match=r"u\.safetensors does not exist; run 01_rank"):
         Trace.load(tmp_path / "u.safetensors")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import world
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -308,7 +309,7 @@ def test_verdicts_on_the_gpu_are_those_on_the_cpu(demo, tmp_path):
     calibration = pack_blocks(source, UNION, demo.tokenizer, completion_spans, seq_len=512, num_blocks=16, rows="calib")
     trace, _ = record(demo, calibration, gpu, progress=False)
     sums = expert_sums(trace, np.ones(len(trace.nll)))
-    write_ranking(tmp_path, ranking_of(trace, sums, ["reap_mass"], settings={}, seed=0), sums)
+    write_ranking(tmp_path, ranking_of(trace, sums, ["reap_mass"], settings=world.RANK_SETTINGS, seed=0), sums)
     ranking = str(tmp_path / "ranking.json")
     keep_sets = {"base": None} | {
         f"keep-{n}": from_ranking(demo, ranking=ranking, criterion="reap_mass", keep_n=n, multiple_of=2)

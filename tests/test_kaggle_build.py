@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import world
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
@@ -703,10 +704,10 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
         ("provenance", "model_id", "tiny/other"),
         ("provenance", "seq_len", 41),
         ("provenance", "recon_tokens", 10),
-        ("criteria", "ean", {}),
+        ("criteria", "msan", ranking["criteria"]["reap"]),
     ]:
         changed = here / "ranking.json"
-        changed.write_text(json.dumps(ranking | {where: ranking[where] | {name: value}}))
+        changed.write_text(json.dumps(world.sealed(ranking | {where: ranking[where] | {name: value}})))
         with pytest.raises(ResultError, match=f"ranking.json: {name if where == 'provenance' else where} "):
             JOBS["01_rank"].verify(changed, entry)
 

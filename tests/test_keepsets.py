@@ -145,7 +145,7 @@ def ranking_folder(tmp_path_factory, checkpoint, blocks, cpu):
     trace, _ = record(checkpoint, blocks, cpu, progress=False)
     weights = token_weights(trace, 0.15, RegionWeights())
     table = expert_sums(trace, weights)
-    write_ranking(folder, ranking_of(trace, table, ["reap", "eaft_reap"], settings={}), table)
+    write_ranking(folder, ranking_of(trace, table, ["reap", "eaft_reap"], settings=world.RANK_SETTINGS), table)
     return folder
 
 
@@ -215,7 +215,7 @@ def test_impossible_counts_of_this_model_are_refused(checkpoint, ranking_folder,
 
 
 @pytest.mark.parametrize(
-    "text, words", [("{}", "schema None"), ('{"schema": "x/1"}', "x/1"), ('{"sch', "ranking.json")]
+    "text, words", [("{}", "schema: Field required"), ('{"schema": "x/1"}', "found 'x/1'"), ('{"sch', "ranking.json")]
 )
 def test_a_file_that_is_no_ranking_is_refused(checkpoint, tmp_path, text, words):
     (tmp_path / "ranking.json").write_text(text)

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+import world
 from test_report import GATES, candidate, recovered, shifted
 from test_results import random_tokens, write
 
@@ -64,10 +65,15 @@ def ranking(tmp_path_factory):
     """Two layers of four experts: one criterion of which the best stay, and one with keep-sets of its own."""
     scores = [[4.0, 3.0, 2.0, 1.0], [1.0, 5.0, 2.0, 2.5]]
     order = [[0, 1, 2, 3], [1, 3, 2, 0]]
-    recon = {"scores": scores, "ranking": order, "keep_sets": {"3": [[0, 2, 3], [0, 1, 3]]}}
+    recon = {
+        "scores": scores,
+        "ranking": order,
+        "keep_sets": {"3": [[0, 2, 3], [0, 1, 3]]},
+        "losses": {"3": [0.1, 0.2]},
+    }
     criteria = {"reap_mass": {"scores": scores, "ranking": order}, "recon": recon}
     path = tmp_path_factory.mktemp("rank") / "ranking.json"
-    path.write_text(json.dumps({"schema": "eaft-ranking/1", "provenance": {"model_id": "m"}, "criteria": criteria}))
+    path.write_text(json.dumps(world.hand_made_ranking(criteria, num_layers=2, num_experts=4, top_k=3)))
     return path
 
 

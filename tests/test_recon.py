@@ -367,7 +367,9 @@ def test_a_never_chosen_expert_goes_first_and_a_useless_one_soon():
 def ranking_folder(tmp_path_factory, trace, blocks):
     folder = tmp_path_factory.mktemp("ranking")
     sums = expert_sums(trace, np.ones(blocks.kept.sum()))
-    write_ranking(folder, ranking_of(trace, sums, ["reap", "recon"], settings={}, progress=False), sums)
+    write_ranking(
+        folder, ranking_of(trace, sums, ["reap", "recon"], settings=world.RANK_SETTINGS, progress=False), sums
+    )
     return folder
 
 

@@ -1,5 +1,6 @@
 """The tiny world the tests live in: a random gpt-oss checkpoint, a tokenizer, packs; written without eaftlib."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -24,6 +25,16 @@ SPECIAL = [
     "<|call|>",
 ]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+RANK_SETTINGS = {
+    "packs": "packs",
+    "pack_files": None,
+    "cc_quantile": 0.15,
+    "w_good": 1.0,
+    "w_uncertain": 0.25,
+    "w_conflict": -2.0,
+    "align": "predictor",
+}
 
 CONFIG = {
     "architectures": ["GptOssForCausalLM"],
@@ -134,6 +145,29 @@ def write_checkpoint(folder, state=None, shards=3, **config):
     (folder / "LICENSE").write_text("Apache")
     write_tokenizer(folder)
     return folder
+
+
+def hand_made_ranking(criteria, **shape):
+    """The content of a ranking.json; shape: num_layers, num_experts, top_k. What it came from is made up."""
+    provenance = {"model_id": "m", "pack": "UNION", "rows": "calib", "device": "cpu", "dtype": "float32", "seed": 0}
+    provenance |= {
+        "rows_seen": 9,
+        "seq_len": 40,
+        "num_blocks": 5,
+        "kept_tokens": 33,
+        "entropy_topk": 20,
+        "eos_token_id": 1,
+    }
+    hashed = ("model", "tokenizer", "rows", "saliency", "grams")
+    provenance |= RANK_SETTINGS | {f"{of}_sha256": hashlib.sha256(of.encode()).hexdigest() for of in hashed}
+    return sealed({"schema": "eaft-ranking/1", "provenance": provenance, **shape, "criteria": criteria})
+
+
+def sealed(ranking):
+    """The content of a ranking.json with the hash that goes with it."""
+    provenance = {name: value for name, value in ranking["provenance"].items() if name != "sha256"}
+    text = json.dumps({"provenance": provenance, "criteria": ranking["criteria"]}, sort_keys=True)
+    return ranking | {"provenance": provenance | {"sha256": hashlib.sha256(text.encode()).hexdigest()}}
 
 
 def write_tokenizer(folder):

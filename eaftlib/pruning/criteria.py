@@ -123,6 +123,7 @@ CRITERIA = {
     "eaft_reap": lambda s: s["eaft_gate_norm_sum"],
     "eaft_reap_mean": lambda s: _mean(s["eaft_gate_norm_sum"], s["count"]),
 }
+MEANS = ("ean_mean", "msan", "reap", "eaft_reap_mean")  # of those, averages: none where no token came
 RANDOM = "random"
 RECON = "recon"  # from Gram matrices instead of sums, see recon.py
 
@@ -131,6 +132,8 @@ def criterion_scores(sums: pa.Table, criterion: str, seed: int = 0) -> np.ndarra
     """float64 [L, E], larger is more worth keeping; NaN where a mean has no token to average."""
     columns = sums_by_layer(sums)
     if criterion == RANDOM:
+        if seed < 0:
+            raise ParameterError(f"seed: found {seed}, expected 0 or more")
         return np.random.default_rng(seed).random(columns["count"].shape)
     if criterion not in CRITERIA:
         raise ParameterError(f"criteria: found {criterion!r}, expected some of {[*CRITERIA, RANDOM]}")

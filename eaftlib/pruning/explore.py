@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ..errors import ParameterError
+from ..errors import ParameterError, ResultError
 from .criteria import (
     CRITERIA,
     RANDOM,
@@ -71,9 +71,13 @@ class Choice:
 
 
 class Explorer:
-    """Choices from a trace and the ranking.json beside it. Raises ParameterError for a criterion it cannot compute."""
+    """Choices from a trace and the ranking.json beside it.
+
+    Raises ResultError where one was not made from the other, ParameterError for a criterion it cannot compute.
+    """
 
     def __init__(self, trace: Trace, ranking: dict):
+        _require_made_from(trace, ranking)
         self.trace, self.ranking = trace, ranking
         self.num_experts, self.top_k = trace.num_experts, trace.expert.shape[2]
         self.criteria = [*CRITERIA, RANDOM, *([RECON] if RECON in ranking["criteria"] else [])]
@@ -136,3 +140,15 @@ class Explorer:
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """int64 [L]: how many experts two keep-sets, ids [L, n] and [L, m], have in common."""
     return np.array([len(np.intersect1d(x, y)) for x, y in zip(a, b, strict=True)])
+
+
+def _require_made_from(trace: Trace, ranking: dict) -> None:
+    layers, _, top_k = trace.expert.shape
+    of_trace = trace.provenance | {"num_layers": layers, "num_experts": trace.num_experts, "top_k": top_k}
+    said = ranking["provenance"] | {name: ranking[name] for name in ("num_layers", "num_experts", "top_k")}
+    for name, value in of_trace.items():
+        if said.get(name) != value:
+            raise ResultError(
+                f"the ranking was not made from this trace: {name} is {said.get(name)!r} there, {value!r} in the trace. Give "
+                "the two that one run of 01_rank has written."
+            )

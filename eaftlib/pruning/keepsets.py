@@ -90,6 +90,8 @@ def core_experts(sums: pa.Table, top_m: int) -> np.ndarray:
     mass = sums_by_layer(sums)["pos_gate_norm_sum"]
     if not 0 <= top_m <= mass.shape[1]:
         raise ParameterError(f"core_top_m: found {top_m}, expected 0 to {mass.shape[1]}")
+    if top_m and not mass.any():
+        raise ParameterError(f"core_top_m: found {top_m}, but no token of the ranking weighs more than 0; expected 0")
     best = np.argsort(-mass, axis=1, kind="stable")[:, :top_m]
     mask = np.zeros(mass.shape, bool)
     np.put_along_axis(mask, best, True, axis=1)
@@ -125,13 +127,8 @@ def from_ranking(
     ParameterError or ResultError when the ranking is of another model, lacks the criterion, or the count is impossible.
     """
     content = read_ranking(ranking)
+    _require_made_from(checkpoint, ranking, content)
     provenance = content["provenance"]
-    if provenance["model_sha256"] != checkpoint.sha256:
-        raise ResultError(
-            f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
-            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
-            "of earlier versions know a model by its routers alone and have to be made again.)"
-        )
     if criterion not in content["criteria"]:
         raise ParameterError(f"criterion: found {criterion!r}; {ranking} has {sorted(content['criteria'])}")
     count = keep_count(
@@ -139,7 +136,7 @@ def from_ranking(
     )
     always = None
     if core_top_m or keep_super:
-        sums = read_sums(ranking, provenance)
+        sums = read_sums(ranking, content)
         always = core_experts(sums, core_top_m) | (keep_super & super_experts(sums))
     entry = content["criteria"][criterion]
     ids, by = kept_by(entry, count, always)
@@ -155,3 +152,20 @@ def from_ranking(
     if "keep_sets" in entry:
         chosen_by["by"] = by
     return KeepSet(ids, checkpoint.num_experts, chosen_by)
+
+
+def _require_made_from(checkpoint: Checkpoint, ranking: str | Path, content: dict) -> None:
+    provenance = content["provenance"]
+    for name in ("num_layers", "num_experts", "top_k"):
+        found, expected = content[name], getattr(checkpoint, name)
+        if found != expected:
+            raise ResultError(
+                f"ranking {ranking}: {name} is {found}; {checkpoint.model_id} has {expected}. It was made from "
+                f"{provenance['model_id']}; run 01_rank on the model that you want to prune."
+            )
+    if provenance["model_sha256"] != checkpoint.sha256:
+        raise ResultError(
+            f"ranking {ranking} was made from {provenance['model_id']} ({provenance['model_sha256'][:12]}), not from "
+            f"{checkpoint.model_id} ({checkpoint.sha256[:12]}). Run 01_rank on the model that you want to prune. (Rankings "
+            "of earlier versions know a model by its routers alone and have to be made again.)"
+        )

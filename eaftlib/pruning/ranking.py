@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ParameterError, ResultError
-from ..files import read_json, write_atomically, write_json
+from ..errors import ParameterError, ResultError, ScoringError
+from ..files import json_text, read_json, typed, write_together
 from .criteria import RANDOM, RECON, criterion_scores, rank_experts, sums_by_layer
 from .recon import reconstruct
 
 if TYPE_CHECKING:  # a trace's module loads the engine
     from .trace import Trace
 
-SCHEMA = "eaft-ranking/1"
+AGAIN = "run 01_rank (again)"
+COLUMNS = {name: "int64" for name in ("layer", "expert", "count")}  # of saliency.parquet, see criteria.expert_sums
+COLUMNS |= {name: "double" for name in ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "max_activation")}
+COLUMNS |= {name: "double" for name in ("eaft_gate_norm_sum", "pos_gate_norm_sum", "neg_gate_norm_sum")}
+COLUMNS |= {name: "int64" for name in ("pos_count", "neg_count")}
+WEIGHTED = "eaft_gate_norm_sum"  # weights may be negative
 
 
 def ranking_of(
@@ -27,8 +34,13 @@ def ranking_of(
 ) -> dict:
     """The content of ranking.json. settings: the weights, quantile and alignment that ``sums`` were made with.
 
-    Raises ParameterError for ``recon`` where the trace has no Gram matrices.
+    Raises ParameterError for ``recon`` where the trace has no Gram matrices, ScoringError where a sum is not finite.
     """
+    from .schema import SCHEMA
+
+    for name in sums.column_names:
+        if not np.isfinite(sums[name].to_numpy()).all():
+            raise ScoringError(f"{name}: an expert's output is NaN, Inf or overflows; run with dtype float32")
     layers, _, top_k = trace.expert.shape
     provenance = trace.provenance | settings | {"seed": seed, "saliency_sha256": sums_sha256(sums)}
     entries = {}
@@ -38,8 +50,7 @@ def ranking_of(
             provenance["grams_sha256"] = _sha256(trace.grams, trace.router_logits)
         else:
             entries[name] = by_sums(sums, name, seed)
-    everything = json.dumps({"provenance": provenance, "criteria": entries}, sort_keys=True)
-    provenance["sha256"] = hashlib.sha256(everything.encode()).hexdigest()
+    provenance["sha256"] = content_sha256(provenance, entries)
     return {
         "schema": SCHEMA,
         "provenance": provenance,
@@ -77,6 +88,12 @@ def _by_reconstruction(trace: Trace, progress: bool) -> dict:
     }
 
 
+def content_sha256(provenance: dict, criteria: dict) -> str:
+    """Identifies a ranking by what it says and came from, also once it was written and read: JSON keeps every number."""
+    of = {name: value for name, value in provenance.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps({"provenance": of, "criteria": criteria}, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
@@ -93,31 +110,74 @@ def sums_sha256(sums: pa.Table) -> str:
 
 
 def write_ranking(out_dir: Path, ranking: dict, sums: pa.Table) -> None:
-    """ranking.json and saliency.parquet."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out_dir / "saliency.parquet", lambda temporary: pq.write_table(sums, temporary, compression="zstd")
-    )
-    write_json(out_dir / "ranking.json", ranking)
+    """ranking.json and saliency.parquet; both are whole before one takes the place of an earlier one."""
+    table = pa.BufferOutputStream()
+    pq.write_table(sums, table, compression="zstd")
+    contents = {"saliency.parquet": table.getvalue().to_pybytes(), "ranking.json": json_text(ranking).encode()}
+    write_together(out_dir, contents)
 
 
 def read_ranking(path: str | Path) -> dict:
-    """ranking.json, given as the file or its folder. Raises ResultError when it is not one."""
-    path = Path(path)
-    file = path / "ranking.json" if path.is_dir() else path
-    ranking = read_json(file, ResultError, "run 01_rank (again)")
-    if ranking.get("schema") != SCHEMA:
-        raise ResultError(f"ranking: {file} has schema {ranking.get('schema')!r}, expected {SCHEMA!r}")
+    """ranking.json, given as the file or its folder, checked whole (see schema.py). Raises ResultError when it is not one."""
+    from .schema import RankingFile
+
+    file = Path(path) / "ranking.json" if os.path.isdir(path) else Path(path)
+    ranking = read_json(file, ResultError, AGAIN)
+    typed(ranking, RankingFile, f"{file}", ResultError, AGAIN)
+    provenance = ranking["provenance"]
+    found = content_sha256(provenance, ranking["criteria"])
+    if found != provenance["sha256"]:
+        raise ResultError(
+            f"{file} was changed after it was written: the SHA-256 of its provenance and criteria is {found}, "
+            f"provenance.sha256 says {provenance['sha256']}; {AGAIN}"
+        )
     return ranking
 
 
-def read_sums(ranking: str | Path, provenance: dict) -> pa.Table:
-    """saliency.parquet beside a ranking. Raises ResultError when it is missing or not the ranking's."""
-    folder = Path(ranking) if Path(ranking).is_dir() else Path(ranking).parent
-    file = folder / "saliency.parquet"
-    if not file.is_file():
-        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or run 01_rank again")
-    sums = pq.read_table(file)
-    if sums_sha256(sums) != provenance["saliency_sha256"]:
-        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash. Run 01_rank again.")
+def read_sums(ranking: str | Path, content: dict) -> pa.Table:
+    """saliency.parquet beside a ranking, of which ``content`` was read. Raises ResultError when it is missing or another's."""
+    file = (Path(ranking) if os.path.isdir(ranking) else Path(ranking).parent) / "saliency.parquet"
+    if not os.path.isfile(file):
+        raise ResultError(f"core_top_m and keep_super need {file}; copy it there or {AGAIN}")
+    try:
+        sums = _read_columns(file, content["num_layers"] * content["num_experts"])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:  # the last: names of columns
+        raise ResultError(f"{file} cannot be read ({cause}): it is damaged or no parquet file; {AGAIN}") from cause
+    if sums_sha256(sums) != content["provenance"]["saliency_sha256"]:
+        raise ResultError(f"{file} does not belong to {ranking}: its values have another hash; {AGAIN}")
+    for field, wrong in _contradictions(sums, content):
+        if wrong.any():
+            row = sums.slice(int(wrong.argmax()), 1).to_pylist()[0]
+            raise ResultError(f"{file}: {field}: found {row}, which cannot be beside the other rows; {AGAIN}")
     return sums
+
+
+def _read_columns(file: Path, rows: int) -> pa.Table:
+    with pq.ParquetFile(file) as opened:
+        found = [(field.name, str(field.type)) for field in opened.schema_arrow]
+        if found != list(COLUMNS.items()):
+            raise ResultError(f"{file}: found columns {found}, expected {list(COLUMNS.items())}; {AGAIN}")
+        if opened.metadata.num_rows != rows:
+            found = opened.metadata.num_rows
+            raise ResultError(f"{file}: found {found} rows, expected {rows}, one for each layer and expert; {AGAIN}")
+        sums = opened.read()
+    for name in sums.column_names:
+        if sums[name].null_count:
+            raise ResultError(
+                f"{file}: {name}: found {sums[name].null_count} nulls, expected a number in each row; {AGAIN}"
+            )
+    return sums
+
+
+def _contradictions(sums: pa.Table, content: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """What is looked at, and in which rows it cannot be."""
+    of = {name: sums[name].to_numpy() for name in sums.column_names}
+    layer, expert = np.indices((content["num_layers"], content["num_experts"])).reshape(2, -1)
+    yield "layer, expert", (of["layer"] != layer) | (of["expert"] != expert)
+    for name in sums.column_names:
+        yield name, ~np.isfinite(of[name]) | ((of[name] < 0) & (name != WEIGHTED))
+    yield "pos_count, neg_count", of["pos_count"] + of["neg_count"] > of["count"]
+    routed = content["provenance"]["kept_tokens"] * content["top_k"]
+    yield "count", np.bincount(layer, of["count"])[layer] != routed
+    for name in ("gate_sum", "norm_sum", "gate_norm_sum", "norm_sq_sum", "max_activation", "eaft_gate_norm_sum"):
+        yield name, (of["count"] == 0) & (of[name] != 0)

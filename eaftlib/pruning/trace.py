@@ -15,12 +15,11 @@ from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
 from ..engine.weights import Weights
-from ..errors import ResultError
-from ..files import write_atomically
+from ..errors import ParameterError
+from ..files import require_writable_folder, write_atomically
 from ..model.checkpoint import Checkpoint
 from ..text.packs import Blocks
-
-TRACE = "trace.safetensors"
+from .trace_file import TRACE, content_sha256, read_trace
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,17 @@ class Trace:
         from safetensors.numpy import save_file
 
         arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        arrays = {
+            name: np.ascontiguousarray(values) for name, values in arrays.items()
+        }  # the format writes memory as it is
         metadata = {"num_experts": str(self.num_experts), "provenance": json.dumps(self.provenance)}
+        metadata["sha256"] = content_sha256(arrays, metadata)
         write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata))
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
-        from safetensors import safe_open
-
-        if not Path(path).is_file():
-            raise ResultError(f"{path}: no such trace; run 01_rank, which writes it beside ranking.json")
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        return cls(**arrays, num_experts=int(metadata["num_experts"]), provenance=json.loads(metadata["provenance"]))
+        """Raises ResultError where it is missing, damaged, or contradicts itself, see trace_file.py."""
+        return cls(**read_trace(Path(path)))
 
 
 @over_gpus
@@ -83,8 +80,12 @@ def record(
     """One pass over calibration blocks that records every routed pair.
 
     recon_tokens: for the criterion ``recon``, at how many positions to record what all experts would have done. out_dir: where
-    ``trace.safetensors`` is written, and, until it is, what a run has finished, so that the same can go on from it.
+    ``trace.safetensors`` is written, and, until it is, what a run has finished, so that the same can go on from it. Raises
+    ParameterError, before a weight is read, where it cannot be written or the model cannot read so long a block.
     """
+    forward.check_request(checkpoint, [blocks.seq_len], entropy_topk)  # before every byte of the weights is hashed
+    if out_dir is not None:
+        require_writable_folder(out_dir, ParameterError)
     provenance = _provenance(checkpoint, blocks, placement, entropy_topk)
     journal = None if out_dir is None else Journal(out_dir / FOLDER, provenance | _conditions(placement, recon_tokens))
     weights = Weights(checkpoint, placement)

@@ -47,10 +47,10 @@ class Picture(Figure):
 def saliency_map(scores: np.ndarray, criterion: str, keep: int | None = None) -> Picture:
     """Heat map of scores [L, E] as shares of their layer, experts sorted best first in each layer."""
     share = np.clip(np.nan_to_num(scores), 0, None)
-    share = np.sort(share / share.sum(1, keepdims=True), axis=1)[:, ::-1]
+    share = np.sort(share / np.maximum(share.sum(1, keepdims=True), np.finfo(float).tiny), axis=1)[:, ::-1]
     figure, axes = _panel(9, 0.8 + 0.22 * max(8, len(share)))
     image = axes.imshow(
-        share, aspect="auto", cmap="magma", norm=LogNorm(max(share[share > 0].min(), 1e-4), share.max())
+        share, aspect="auto", cmap="magma", norm=LogNorm(max(share[share > 0].min(initial=1), 1e-4), share.max() or 1)
     )
     if keep is not None:
         axes.axvline(keep - 0.5, color="white", linewidth=1.2, linestyle="--")
@@ -105,7 +105,7 @@ def mass_concentration(scores: dict[str, np.ndarray]) -> Picture:
     figure, axes = _panel(7, 4)
     for name, values in scores.items():
         ordered = np.sort(np.clip(np.nan_to_num(values), 0, None), axis=1)[:, ::-1]
-        share = np.cumsum(ordered, axis=1) / ordered.sum(1, keepdims=True)
+        share = np.cumsum(ordered, axis=1) / np.maximum(ordered.sum(1, keepdims=True), np.finfo(float).tiny)
         k = np.arange(1, values.shape[1] + 1)
         style = of_criterion(name)
         axes.plot(k, share.mean(0), _DASHES[style.dash], label=name, color=style.color, linewidth=1.8)
