@@ -1,12 +1,13 @@
 """Reading JSON: whatever lies under the name ends in its content or in the caller's own error."""
 
+import json
 import os
 
 import pytest
 from pydantic import BaseModel
 
 from eaftlib.errors import ResultError
-from eaftlib.files import parse_json, read_json, read_typed
+from eaftlib.files import parse_json, read_json, read_typed, write_atomically, write_json
 
 NOT_JSON = {
     "empty": b"",
@@ -53,3 +54,35 @@ def test_the_first_wrong_field_is_named_with_what_was_found(tmp_path):
         read_typed(file, Shape, ResultError, "run it again")
     file.write_text('{"a": 1, "b": [0.5]}')
     assert read_typed(file, Shape, ResultError, "").b == [0.5]
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("old")
+
+    def failing(temporary):
+        with open(temporary, "w") as out:
+            out.write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, failing)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path):
+    file = tmp_path / "x.json"
+    write_json(file, {"old": 1})
+    with file.open() as reader:
+        write_json(file, {"new": 2})
+        assert json.load(reader) == {"old": 1}
+    assert json.loads(file.read_text()) == {"new": 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_numbers_are_never_written(tmp_path, bad):
+    file = tmp_path / "x.json"
+    file.write_text("old")
+    with pytest.raises(ValueError):
+        write_json(file, {"x": bad})
+    assert file.read_text() == "old"

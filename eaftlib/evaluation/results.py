@@ -1,5 +1,6 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ResultError
-from ..files import parse_json, read_json, sha256, typed, write_atomically, write_json
+from ..files import json_text, parse_json, read_json, sha256, typed, write_together
 from .identity import Identity, Question
 from .statistics import Tokens
 
 _TOKEN_COLUMNS = {
-    "pack": pa.dictionary(pa.int8(), pa.string()),
+    "pack": pa.dictionary(pa.int32(), pa.string()),
     "seq_len": pa.int32(),
     "block": pa.int32(),
     "position": pa.int32(),
@@ -83,12 +84,22 @@ def write(
 ) -> Path:
     """``<label>.tokens.parquet``, then ``<label>.json``: a JSON that exists is complete. Returns its path.
 
+    Both are whole before the first gets its name, and the JSON's hash of the tokens is of these, never of what another process
+    has put there meanwhile.
+
     entries, tokens: by (pack, seq_len), as a Result gives them.
     """
     from .schema import SCHEMA
 
-    out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{label}.json"
+    of_tokens = _parquet(tokens)
+    meta = meta | {"tokens_sha256": hashlib.sha256(of_tokens).hexdigest()}
+    content = json_text({"schema": SCHEMA, "meta": meta, "packs": _by_pack(entries)})
+    write_together(out_dir, {tokens_path(path).name: of_tokens, path.name: content.encode()})
+    return path
+
+
+def _parquet(tokens: dict[tuple[str, int], Tokens]) -> memoryview:
     tables, kinds = [], _TOKEN_COLUMNS | (_ROW if all(part.row is not None for part in tokens.values()) else {})
     for (pack, seq_len), part in tokens.items():
         columns = {
@@ -101,11 +112,9 @@ def write(
             "row": part.row,
         }
         tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in kinds.items()}))
-    table = pa.concat_tables(tables).unify_dictionaries()
-    write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
-    meta = meta | {"tokens_sha256": sha256(tokens_path(path))}
-    write_json(path, {"schema": SCHEMA, "meta": meta, "packs": _by_pack(entries)})
-    return path
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables).unify_dictionaries(), file, compression="zstd")
+    return memoryview(file.getvalue())
 
 
 def read(path: str | Path) -> Result:
