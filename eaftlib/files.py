@@ -13,6 +13,10 @@ from .errors import EaftError
 
 Shape = TypeVar("Shape")  # a pydantic model
 
+# A name that a user gives and that files are called by: one that no shell, no Markdown, no spreadsheet and no file system reads
+# as more than itself, and short enough for what is put before and after it.
+FILE_NAME = "[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}"
+
 
 def read_json(path: Path, error: type[EaftError], advice: str) -> dict:
     """The object in a JSON file; raises ``error`` with ``advice`` when it is missing, cut short or no object."""

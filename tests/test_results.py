@@ -146,7 +146,7 @@ def test_a_json_never_vouches_for_the_tokens_of_another_writer(tmp_path, tokens,
     monkeypatch.setattr(Path, "replace", interrupted)
     path = write(tmp_path, "base", mine)
     assert begun == ["base.tokens.parquet"]
-    assert results.read_tokens(results.tokens_path(path))["a", 64].nll.tolist() == other["a", 64].nll.tolist()
+    assert results.read_tokens(results.tokens_path(path), 8)["a", 64].nll.tolist() == other["a", 64].nll.tolist()
     with pytest.raises(ResultError, match=r"base\.tokens\.parquet is not the file that base\.json was written with"):
         results.read(path).tokens("a", 64)
 
@@ -275,7 +275,7 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("num_blocks", 4),
+        ("num_blocks", {"64": 8}),
         ("tokenizer_sha256", "t1"),
         ("model_sha256", "m1"),
         ("rows", "all"),
@@ -283,7 +283,7 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
         ("eos_token_id", 2),
         ("keep_set", {"criterion": "reap"}),
         ("recovered", RECOVERED),
-        ("entropy_topk", None),
+        ("dtype", None),
     ],
 )
 def test_results_of_different_models_or_settings_do_not_become_one(tmp_path, tokens, name, value):
