@@ -2,12 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
+from eaftlib import files
 from eaftlib.errors import ResultError
-from eaftlib.files import parse_json, read_json, read_typed, write_atomically, write_json
+from eaftlib.files import parse_json, read_json, read_typed, write_atomically, write_json, write_together
 
 NOT_JSON = {
     "empty": b"",
@@ -86,3 +90,66 @@ def test_non_finite_numbers_are_never_written(tmp_path, bad):
     with pytest.raises(ValueError):
         write_json(file, {"x": bad})
     assert file.read_text() == "old"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from eaftlib.files import write_atomically, write_together
+
+def write(temporary):
+    Path(temporary).write_text("half")
+    print(temporary, flush=True)
+    sys.stdin.read()
+    Path(temporary).write_text("whole")
+
+write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing x.json."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "x.json")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.temporary = Path(process.stdout.readline().strip())
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_nothing_else(tmp_path, writer):
+    kept = {tmp_path / name for name in (".x.json.original", ".y.json.abcdefgh.partial", "z")}
+    for file in kept:
+        file.write_text("")
+    (tmp_path / ".x.json.folder.partial").mkdir()
+    os.mkfifo(tmp_path / ".x.json.fifo.partial")
+    kept |= {tmp_path / f".x.json.{name}.partial" for name in ("folder", "fifo")}
+    writer.kill(), writer.wait()
+    assert writer.temporary.read_text() == "half"
+    write_together(tmp_path, {"x.json": b"new"})
+    assert set(tmp_path.iterdir()) == kept | {tmp_path / "x.json"}
+
+
+def test_what_a_living_writer_is_at_is_left_to_it(tmp_path, writer):
+    write_json(tmp_path / "x.json", {})
+    assert writer.temporary.read_text() == "half"
+    writer.communicate()
+    assert (tmp_path / "x.json").read_text() == "whole" and list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Another process comes between its making and its lock."""
+    lock, taken = files._lock, []
+
+    def late(handle, how):
+        if not taken:
+            taken.append(next(tmp_path.iterdir()))
+            taken[0].unlink()
+        return lock(handle, how)
+
+    monkeypatch.setattr(files, "_lock", late)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert taken and read_json(tmp_path / "x.json", ResultError, "") == {"a": 1}
