@@ -1,17 +1,25 @@
 """Files that are either whole or absent, and JSON that explains itself when it cannot be read."""
 
+import fcntl
 import hashlib
 import json
 import os
 import reprlib
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from .errors import EaftError
 
 Shape = TypeVar("Shape")  # a pydantic model
+
+# A name that a user gives and that files are called by: one that no shell, no Markdown, no spreadsheet and no file system reads
+# as more than itself, and short enough for what is put before and after it.
+FILE_NAME = "[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}"
+_PARTIAL = ".partial"  # of temporary files
 
 
 def read_json(path: Path, error: type[EaftError], advice: str) -> dict:
@@ -106,37 +114,71 @@ def json_text(content: dict) -> str:
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with _temporary(Path(path)) as temporary:
+        write(str(temporary))
+        temporary.chmod(0o644)
+        temporary.replace(path)
 
 
-def write_together(folder: Path, contents: dict[str, bytes]) -> list[Path]:
+def write_together(folder: Path, contents: Mapping[str, bytes | memoryview]) -> list[Path]:
     """Every file is whole under a temporary name before the first gets its own: a disk that is full leaves the old ones.
 
-    contents: by path inside ``folder``. Returns the files' paths.
+    contents: by path inside ``folder``, renamed in this order. Returns the files' paths.
     """
-    temporary: dict[Path, Path] = {}
-    try:
-        for name, content in contents.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            temporary[path] = Path(partial)
-            with open(handle, "wb") as file:
-                file.write(content)
-            temporary[path].chmod(0o644)
+    with ExitStack() as stack:
+        temporary = {folder / name: stack.enter_context(_temporary(folder / name)) for name in contents}
+        for partial, content in zip(temporary.values(), contents.values(), strict=True):
+            partial.write_bytes(content)
+            partial.chmod(0o644)
         for path, partial in temporary.items():
             partial.replace(path)
-    finally:
-        for partial in temporary.values():
-            partial.unlink(missing_ok=True)
     return list(temporary)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, removed at the end if it is still there; those of killed processes are removed first.
+
+    It is locked as long as this process holds it. The lock goes with the process, however that ends, and so tells what a
+    killed one left from what another is writing; ages and process ids do not, across clocks and containers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    handle, temporary = _locked(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(path: Path) -> tuple[int, Path]:
+    """(descriptor that holds the lock, path) of a new temporary file for ``path``."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        _lock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    for name in os.listdir(path.parent):
+        if not name.startswith(f".{path.name}.") or not name.endswith(_PARTIAL):
+            continue
+        try:
+            handle = os.open(leftover := path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # it was renamed or removed meanwhile, or is another user's
+            continue
+        if stat.S_ISREG(os.fstat(handle).st_mode) and _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            leftover.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    """Whether the file is locked now; not where another process holds it, or its file system has no locks."""
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        return False
+    return True

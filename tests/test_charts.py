@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from test_results import random_tokens, write
+from test_results import edit, make_legacy, random_tokens, write
 
 from eaftlib.errors import ResultError
 from eaftlib.evaluation.compare import Delta
@@ -300,7 +300,7 @@ def files(tmp_path):
         ("only", 64): random_tokens(seed=5),
     }
     b = {("UNION", 64): random_tokens(seed=3), ("UNION", 128): random_tokens(seed=4)}
-    return write(tmp_path, "a", a), write(tmp_path, HOSTILE.replace("/", "|"), b)
+    return write(tmp_path, "a", a), write(tmp_path, "b", b)
 
 
 def test_the_one_liner_compares_two_files(files, capsys):
@@ -319,7 +319,15 @@ def test_the_one_liner_compares_two_files(files, capsys):
     assert low < ppl[1] - ppl[0] < high
     assert "KL to the whole model, nats" not in cells
     assert isinstance(found.landscapes, go.Figure) and len(found.distributions.data) == 4
-    assert "<script" not in found._repr_html_() and "PPL" in repr(found)
+    assert "PPL" in repr(found)
+
+
+def test_the_one_liner_shows_an_earlier_files_label_as_text(files):
+    """Labels of today are names of files; an earlier file may hold anything."""
+    make_legacy(files[1])
+    edit(files[1], lambda content: content["meta"].update(label=HOSTILE))
+    found = compare(*files)._repr_html_()
+    assert "<script" not in found and "&lt;script" in found
 
 
 def test_the_one_liner_is_displayed_as_a_table_and_two_figures(files, monkeypatch):

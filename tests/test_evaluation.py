@@ -248,7 +248,7 @@ def test_numbers_that_do_not_follow_from_the_tokens_are_scored_again(checkpoint,
     content = json.loads(path.read_text())
     entry = content["packs"][0]["seq"]["24"]
     if damage == "json":
-        entry["model"]["ppl"] += 1e-6
+        entry["model"]["var_nll"] += 1e-6
     elif damage == "rows":
         entry["rows_sha256"] = "of other rows"
     else:
@@ -300,7 +300,8 @@ def test_another_length_joins_the_result(checkpoint, source, cpu, tmp_path, pass
 
 
 def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
-    meta = {"label": "x", "model_sha256": "other", "keep_set": None, "eos_token_id": 1}
+    meta = {"label": "x", "model_sha256": "other", "keep_set": None, "eos_token_id": 1, "rows": "all", "num_blocks": 3}
+    meta |= {"tokenizer_sha256": "t", "tokens_sha256": "t", "entropy_topk": 20, "cc_quantile": 0.15}
     old = {"schema": SCHEMA, "meta": meta, "packs": []}
     (tmp_path / "x.json").write_text(json.dumps(old))
     with pytest.raises(EaftError, match=r"x\.json is the result of another model: model_sha256 is other against"):

@@ -39,12 +39,11 @@ def conversations(rng, count=60, effect=0.6, seq_len=64, harder=0.1):
 
 def saved(folder, cand, base):
     last = int(base.block.max()) + 1
-    pair = []
-    for label, tokens in (("cand", cand), ("base", base)):
-        path = write(folder, label, {KEY: tokens})
-        assert last >= 8
-        pair.append(results.read(path))
-    return pair
+    assert last >= 8
+    return [
+        results.read(write(folder, label, {KEY: tokens}, {"num_blocks": last}))
+        for label, tokens in (("cand", cand), ("base", base))
+    ]
 
 
 @pytest.fixture

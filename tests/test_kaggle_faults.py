@@ -731,7 +731,7 @@ def test_a_parquet_with_damaged_pages_is_not_carried_along(here, server, play):
     run = push_one(here, server)
     pulling.pull(impatient())
     with pytest.raises(ResultError, match=r"base\.tokens\.parquet cannot be read"):
-        results.read_tokens(ledger.find(run).failed_folder(1) / "base.tokens.parquet")
+        results.read_tokens(ledger.find(run).failed_folder(1) / "base.tokens.parquet", 3)
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 

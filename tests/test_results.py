@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -99,48 +100,55 @@ def test_writing_leaves_only_the_two_files(path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "x.json"
-    file.write_text("old")
-
-    def failing(temporary):
-        with open(temporary, "w") as out:
-            out.write("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        results.write_atomically(file, failing)
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-
-
-def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path):
-    file = tmp_path / "x.json"
-    results.write_json(file, {"old": 1})
-    with file.open() as reader:
-        results.write_json(file, {"new": 2})
-        assert json.load(reader) == {"old": 1}
-    assert json.loads(file.read_text()) == {"new": 2}
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_numbers_are_never_written(path, tokens, bad):
-    old = path.read_bytes()
+def test_a_writer_that_fails_leaves_the_old_files(path, tokens, monkeypatch):
+    """A disk that is full, or a number that JSON has not, is met before the first file gets its name."""
+    old = {file: file.read_bytes() for file in path.parent.iterdir()}
     with pytest.raises(ValueError):
-        results.write_json(path, {"x": bad})
-    assert path.read_bytes() == old
-
-
-def test_an_interrupted_rewrite_is_not_mistaken_for_a_result(path, tokens, monkeypatch):
-    """The new tokens are on disk, the new JSON is not: the old JSON must not be read with the new tokens."""
-    monkeypatch.setattr(results, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+        write(path.parent, "base", {key: random_tokens(seed=9) for key in tokens}, {"bytes_total": float("nan")})
+    monkeypatch.setattr(Path, "chmod", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
         write(path.parent, "base", {key: random_tokens(seed=9) for key in tokens})
-    try:
-        result = results.read(path)
-        found = result.tokens("a", 64)
-    except ResultError:
-        return
-    assert np.exp(found.nll.mean()) == pytest.approx(result.entries["a", 64]["model"]["ppl"], rel=1e-5)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == old
+
+
+class Killed(BaseException):
+    """What no handler is for."""
+
+
+def test_a_rewrite_that_is_killed_between_its_files_is_not_mistaken_for_a_result(path, tokens, monkeypatch):
+    """The new tokens are on disk, the new JSON is not: the old JSON must not be read with the new tokens."""
+    rename = Path.replace
+
+    def killed(old, new):
+        if new.suffix == ".json":
+            raise Killed
+        return rename(old, new)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        write(path.parent, "base", {key: random_tokens(seed=9) for key in tokens})
+    with pytest.raises(ResultError, match=r"base\.tokens\.parquet is not the file that base\.json was written with"):
+        results.read(path).tokens("a", 64)
+
+
+def test_a_json_never_vouches_for_the_tokens_of_another_writer(tmp_path, tokens, monkeypatch):
+    """While one writer is between its two files, another writes both of its own."""
+    mine, other = ({key: random_tokens(seed=seed) for key in tokens} for seed in (8, 9))
+    rename, begun = Path.replace, []
+
+    def interrupted(old, new):
+        done = rename(old, new)
+        if not begun:
+            begun.append(new.name)
+            write(tmp_path, "base", other)
+        return done
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    path = write(tmp_path, "base", mine)
+    assert begun == ["base.tokens.parquet"]
+    assert results.read_tokens(results.tokens_path(path), 8)["a", 64].nll.tolist() == other["a", 64].nll.tolist()
+    with pytest.raises(ResultError, match=r"base\.tokens\.parquet is not the file that base\.json was written with"):
+        results.read(path).tokens("a", 64)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -267,7 +275,7 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("num_blocks", 4),
+        ("num_blocks", {"64": 8}),
         ("tokenizer_sha256", "t1"),
         ("model_sha256", "m1"),
         ("rows", "all"),
@@ -275,7 +283,7 @@ def test_runs_of_one_model_at_several_lengths_become_one_result(tmp_path, tokens
         ("eos_token_id", 2),
         ("keep_set", {"criterion": "reap"}),
         ("recovered", RECOVERED),
-        ("entropy_topk", None),
+        ("dtype", None),
     ],
 )
 def test_results_of_different_models_or_settings_do_not_become_one(tmp_path, tokens, name, value):

@@ -50,10 +50,14 @@ FULL = {
 
 
 def model_entry(ppl, cc_rate, mean_prob):
-    """Aggregates of a model whose conflicts lie in the first cell of (p, H), under thresholds at that cell's edges."""
+    """Aggregates of a model whose conflicts lie in the first cell of (p, H), under thresholds at that cell's edges.
+
+    All other tokens lie in the cell of their means.
+    """
     conflicts = round(cc_rate * TOKENS)
     counts = [0] * (160 * 120)
-    counts[0], counts[-1] = conflicts, TOKENS - conflicts
+    others = mean_prob * TOKENS / (TOKENS - conflicts)
+    counts[0], counts[int(others * 160) * 120 + 48] = conflicts, TOKENS - conflicts
     edges = {"x_edges": list(np.linspace(0, 1, 161)), "y_edges": list(np.linspace(0, 1, 121))}
     return {
         "ppl": ppl,

@@ -38,7 +38,7 @@ class Comparison:
 def compare(candidate: Result, baseline: Result, pack: str, seq_len: int) -> Comparison:
     """Raises ResultError when the two results were not made from the same rows, blocks and tokenizer, or one is empty."""
     require_comparable(candidate, baseline, pack, seq_len)
-    cand, base = (r.entries[pack, seq_len]["model"] for r in (candidate, baseline))
+    cand, base = (r.model(pack, seq_len) for r in (candidate, baseline))
     tokens = _paired_tokens(candidate, baseline, pack, seq_len)
     js2d, rng = _plug_in(candidate, baseline, pack, seq_len), np.random.default_rng(0)
     part = _of_bins(cand, base, js2d, rng) if tokens is None else _of_tokens(*tokens, cand, base, js2d, rng)

@@ -105,7 +105,7 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
     old = results.read(path)
     if Identity.of(old.meta).differences(Identity.of(meta), Question.RESUMABLE):
         return entries, tokens
-    stored = results.read_tokens(results.tokens_path(path))
+    stored = results.read_tokens(results.tokens_path(path), meta["num_blocks"])
     for key, entry in old.entries.items():
         expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], key[1]), meta["cc_quantile"])
         if expected and stored[key].row is not None and expected.items() <= entry["model"].items():

@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ParameterError
-from ..files import read_json
+from ..files import read_typed
 from .compare import Comparison, compare
 from .resampling import Interval
 from .results import Result
 
-SCHEMA = "eaft-gates/1"
 PASS, FAIL, INCOMPLETE = "PASS", "FAIL", "INCOMPLETE"
 EQUIVALENT, DIFFERENT, UNDECIDED = "EQUIVALENT", "DIFFERENT", "UNDECIDED"
 ROUNDING = 1e-9  # a difference of decimals that equals its limit passes in floating point too
-LIMITS = ("ppl_absolute", "ppl_relative", "cc_rate", "mean_prob", "js2d")
 MOST_TIMES = 1000  # what would take more than so many times the blocks that there are is not worth a number
 
 
@@ -77,17 +75,10 @@ class Verdict:
 
 def read_gates(path: str | Path) -> Gates:
     """Raises ParameterError unless the file is a set of gates with every limit, a number, and a primary sequence length."""
-    content = read_json(Path(path), ParameterError, "gates: the project's own are in params/gates/")
-    limits = content.get("limits", {})
-    complete = {"schema", "name", "primary_pack", "primary_seq_lens", "limits"} <= set(content)
-    if not complete or content["schema"] != SCHEMA or set(limits) != set(LIMITS) or not content["primary_seq_lens"]:
-        raise ParameterError(
-            f"gates: {path} has {content}; expected schema {SCHEMA!r}, a name, a primary_pack, primary_seq_lens and limits "
-            f"for {', '.join(LIMITS)}"
-        )
-    if not all(isinstance(limit, int | float) and math.isfinite(limit) for limit in limits.values()):
-        raise ParameterError(f"gates: {path} has limits {limits}; expected finite numbers")
-    return Gates(content["name"], content["primary_pack"], tuple(content["primary_seq_lens"]), limits)
+    from .schema import GatesFile
+
+    found = read_typed(Path(path), GatesFile, ParameterError, "gates: the project's own are in params/gates/")
+    return Gates(found.name, found.primary_pack, tuple(found.primary_seq_lens), found.limits.model_dump())
 
 
 def judge(candidate: Result, baseline: Result, gates: Gates) -> Verdict:

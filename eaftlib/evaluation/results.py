@@ -1,8 +1,10 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ResultError
-from ..files import parse_json, read_json, sha256, typed, write_atomically, write_json
+from ..files import json_text, parse_json, read_json, require_file, typed, write_together
+from . import reconcile
 from .identity import Identity, Question
 from .statistics import Tokens
 
 _TOKEN_COLUMNS = {
-    "pack": pa.dictionary(pa.int8(), pa.string()),
+    "pack": pa.dictionary(pa.int32(), pa.string()),
     "seq_len": pa.int32(),
     "block": pa.int32(),
     "position": pa.int32(),
@@ -24,6 +27,9 @@ _TOKEN_COLUMNS = {
     "entropy": pa.float32(),
 }
 _ROW = {"row": pa.int32()}  # not in files of earlier versions
+_HELD = 4  # token files in memory at once: a baseline's and a candidate's, each of which may be two parts
+_ADVICE = "remove it if it is damaged, and run 03_evaluate"
+_EVALUATE = "remove it with what belongs to it, and evaluate again"
 
 
 @dataclass(frozen=True)
@@ -56,26 +62,49 @@ class Result:
             for length, entry in pack["seq"].items()
         }
 
-    @cached_property
-    def _token_table(self) -> pa.Table | None:
+    def num_blocks(self, seq_len: int) -> int | None:
+        """How many blocks were scored at a length; None where an earlier file does not say."""
+        return blocks_at(self.meta.get("num_blocks"), seq_len)
+
+    def model(self, pack: str, seq_len: int) -> dict:
+        """The aggregates of an entry. Raises ResultError where there are tokens and these do not give them."""
+        self.tokens(pack, seq_len)
+        return self.entries[pack, seq_len]["model"]
+
+    def tokens(self, pack: str, seq_len: int) -> Tokens | None:
+        """Per-token values, or None where only the JSON is at hand, or it is of the earlier shape.
+
+        Raises ResultError if they are of another run, or do not give the aggregates that the JSON has.
+        """
+        for part in self.parts:
+            if (pack, seq_len) in part.entries:
+                return part.tokens(pack, seq_len)
         path = tokens_path(self.path)
-        if not path.is_file():
+        if self.binned or not path.exists():
             return None
-        if sha256(path) != self.meta.get("tokens_sha256"):
+        require_file(path, ResultError, _EVALUATE)
+        found = _tokens_of(self._table(path), path, pack, seq_len, self.num_blocks(seq_len))
+        if (pack, seq_len) not in self._agreeing:
+            settings = self.num_blocks(seq_len), self.meta["cc_quantile"]
+            disagreements = reconcile.with_tokens(self.entries[pack, seq_len]["model"], found, *settings)
+            _require_agreement(f"{self.path}: {pack} at {seq_len}", disagreements)
+            self._agreeing.add((pack, seq_len))
+        return found
+
+    def _table(self, path: Path) -> pa.Table:
+        """The whole file, of whose bytes the JSON has the hash."""
+        table, digest = _read_table(path, _stamp(path))
+        if digest != self.meta["tokens_sha256"]:
             raise ResultError(
                 f"{path} is not the file that {self.path.name} was written with (its SHA-256 differs): an evaluation was "
                 "interrupted, or files of two runs were mixed. Evaluate again, or remove the parquet to use binned values."
             )
-        return pq.read_table(path)
+        return table
 
-    def tokens(self, pack: str, seq_len: int) -> Tokens | None:
-        """Per-token values, or None where only the JSON is at hand. Raises ResultError if they are of another run."""
-        for part in self.parts:
-            if (pack, seq_len) in part.entries:
-                return part.tokens(pack, seq_len)
-        if self._token_table is None:
-            return None
-        return _tokens_of(self._token_table, pack, seq_len)
+    @cached_property
+    def _agreeing(self) -> set[tuple[str, int]]:
+        """Entries that their tokens were found to give."""
+        return set()
 
 
 def write(
@@ -83,12 +112,22 @@ def write(
 ) -> Path:
     """``<label>.tokens.parquet``, then ``<label>.json``: a JSON that exists is complete. Returns its path.
 
+    Both are whole before the first gets its name, and the JSON's hash of the tokens is of these, never of what another process
+    has put there meanwhile.
+
     entries, tokens: by (pack, seq_len), as a Result gives them.
     """
     from .schema import SCHEMA
 
-    out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{label}.json"
+    of_tokens = _parquet(tokens)
+    meta = meta | {"tokens_sha256": hashlib.sha256(of_tokens).hexdigest()}
+    content = json_text({"schema": SCHEMA, "meta": meta, "packs": _by_pack(entries)})
+    write_together(out_dir, {tokens_path(path).name: of_tokens, path.name: content.encode()})
+    return path
+
+
+def _parquet(tokens: dict[tuple[str, int], Tokens]) -> memoryview:
     tables, kinds = [], _TOKEN_COLUMNS | (_ROW if all(part.row is not None for part in tokens.values()) else {})
     for (pack, seq_len), part in tokens.items():
         columns = {
@@ -101,22 +140,23 @@ def write(
             "row": part.row,
         }
         tables.append(pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in kinds.items()}))
-    table = pa.concat_tables(tables).unify_dictionaries()
-    write_atomically(tokens_path(path), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
-    meta = meta | {"tokens_sha256": sha256(tokens_path(path))}
-    write_json(path, {"schema": SCHEMA, "meta": meta, "packs": _by_pack(entries)})
-    return path
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables).unify_dictionaries(), file, compression="zstd")
+    return memoryview(file.getvalue())
 
 
 def read(path: str | Path) -> Result:
     """Read and validate one result JSON, of this shape or the earlier one. Raises ResultError naming what is wrong."""
-    from .schema import ResultFile
+    from .schema import shape_of
 
     path = Path(path)
-    advice = "remove it if it is damaged, and run 03_evaluate"
-    content = read_json(path, ResultError, advice)
-    typed(content, ResultFile, str(path), ResultError, advice)
-    return Result(path, content["meta"].get("label", path.stem), content)
+    content = read_json(path, ResultError, _ADVICE)
+    typed(content, shape_of(content), str(path), ResultError, _ADVICE)
+    result = Result(path, content["meta"].get("label") or path.stem, content)
+    for (pack, seq_len), entry in result.entries.items():
+        settings = result.num_blocks(seq_len), result.meta.get("cc_quantile")
+        _require_agreement(f"{path}: {pack} at {seq_len}", reconcile.with_itself(entry["model"], *settings))
+    return result
 
 
 def read_all(sources: list[str]) -> list[Result]:
@@ -139,16 +179,23 @@ def read_all(sources: list[str]) -> list[Result]:
     return [_merged(parts) for parts in by_label.values()]
 
 
-def read_tokens(path: Path) -> dict[tuple[str, int], Tokens]:
-    """(pack, seq_len) -> per-token values, as the file has them. Raises ResultError when it cannot be read."""
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as cause:
-        raise ResultError(f"{path} cannot be read ({cause}): remove it with its JSON, and evaluate again") from cause
-    if missing := set(_TOKEN_COLUMNS) - set(table.column_names):
-        raise ResultError(f"{path} lacks columns {sorted(missing)}: remove it with its JSON, and evaluate again")
+def read_tokens(path: Path, num_blocks: int | Mapping[str, int]) -> dict[tuple[str, int], Tokens]:
+    """(pack, seq_len) -> per-token values, as the file has them. Raises ResultError when it cannot be read.
+
+    num_blocks: how many were scored, as a result's ``meta`` says it.
+    """
+    require_file(path, ResultError, _EVALUATE)
+    table, _ = _read_table(path, _stamp(path))
     keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
-    return {(key["pack"], key["seq_len"]): _tokens_of(table, **key) for key in keys}
+    return {
+        (key["pack"], key["seq_len"]): _tokens_of(table, path, **key, num_blocks=blocks_at(num_blocks, key["seq_len"]))
+        for key in keys
+    }
+
+
+def blocks_at(num_blocks: int | Mapping[str, int] | None, seq_len: int) -> int | None:
+    """Of a setting that is one number, or one for each sequence length; None where it does not say."""
+    return num_blocks.get(str(seq_len)) if isinstance(num_blocks, Mapping) else num_blocks
 
 
 def tokens_path(result: Path) -> Path:
@@ -162,10 +209,48 @@ def _by_pack(entries: dict[tuple[str, int], dict]) -> list[dict]:
     return [{"pack": pack, "seq": seq} for pack, seq in packs.items()]
 
 
-def _tokens_of(table: pa.Table, pack: str, seq_len: int) -> Tokens:
+@lru_cache(_HELD)
+def _read_table(path: Path, _stamp: tuple[int, ...]) -> tuple[pa.Table, str]:
+    """(all rows, the file's SHA-256), of columns that are what ``write`` gives them."""
+    try:
+        content = path.read_bytes()
+        table = pq.ParquetFile(pa.BufferReader(content)).read()
+    except (OSError, pa.ArrowException) as cause:
+        raise ResultError(f"{path} cannot be read ({cause}); {_EVALUATE}") from cause
+    for name, kind in (_TOKEN_COLUMNS | _ROW).items():
+        if name not in table.column_names and name in _TOKEN_COLUMNS:
+            raise ResultError(f"{path} has no column {name}, but {table.column_names}; {_EVALUATE}")
+        if name in table.column_names and not _is_of(table[name], kind):
+            found = f"{table[name].type}, {table[name].null_count} of {table.num_rows} null"
+            raise ResultError(f"{path}: column {name} is {found}; expected {kind} without a null; {_EVALUATE}")
+    return table, hashlib.sha256(content).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Another where the file was written again."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_of(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
+    """Whatever the type of a dictionary's indices is."""
+    types = [t.value_type if pa.types.is_dictionary(t) else t for t in (column.type, kind)]
+    return types[0] == types[1] and column.null_count == 0
+
+
+def _tokens_of(table: pa.Table, path: Path, pack: str, seq_len: int, num_blocks: int | None) -> Tokens:
     rows = table.filter((pc.field("pack") == pack) & (pc.field("seq_len") == seq_len))
     names = ("block", "position", "nll", "entropy", *(_ROW if "row" in table.column_names else ()))
-    return Tokens(*(rows[name].to_numpy() for name in names))
+    found = Tokens(*(rows[name].to_numpy() for name in names))
+    if wrong := next(reconcile.impossible(found, seq_len, num_blocks), None):
+        raise ResultError(f"{path}: {pack} at {seq_len}: {wrong}; {_EVALUATE}")
+    return found
+
+
+def _require_agreement(where: str, disagreements: Iterator[reconcile.Disagreement]) -> None:
+    """Raises ResultError with the first."""
+    if found := next(disagreements, None):
+        raise ResultError(f"{where}: {found}. The file was changed or damaged; {_EVALUATE}")
 
 
 def _merged(parts: list[Result]) -> Result:

@@ -136,8 +136,8 @@ def _outcome(content: object, source: Path) -> Outcome:
 def _is_sound(path: Path) -> bool:
     """Whether a result can be continued: what came of a session that was killed may be cut short, or a 404 page."""
     try:
-        results.read(path)
-        results.read_tokens(results.tokens_path(path))
+        found = results.read(path)
+        results.read_tokens(results.tokens_path(path), found.meta.get("num_blocks"))
     except ResultError:
         return False
     return True
