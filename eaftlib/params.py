@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from . import notebooks
 from .errors import ParameterError
+from .files import FILE_NAME
 from .pruning.criteria import CRITERIA, RANDOM, RECON
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
@@ -20,6 +21,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
 Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Label = Annotated[str, Field(pattern=f"^{FILE_NAME}$")]  # it names files
 LossWeight = Annotated[FiniteFloat, Field(ge=0)]
 
 
@@ -122,7 +124,7 @@ class Prune(KeepSetParameters):
 class LabelledKeepSet(KeepSetParameters):
     """One entry of a list of keep-sets; only a label: the whole model, scored in the same pass."""
 
-    label: str
+    label: Label
     ranking: str | None = None
     criterion: Annotated[str, Field(min_length=1)] | None = None
 
@@ -142,11 +144,11 @@ class Evaluate(Parameters):
     """03_evaluate"""
 
     model: str
-    label: str | None
-    keep_set: KeepSetParameters | list[LabelledKeepSet] | None
+    label: Label | None
+    keep_set: KeepSetParameters | Annotated[list[LabelledKeepSet], Field(min_length=1)] | None
     packs: str
     pack_files: list[str] | None
-    only: list[str] | None
+    only: Annotated[list[str], Field(min_length=1)] | None
     rows: Rows
     seq_lens: Annotated[list[Positive], Field(min_length=1)]
     num_blocks: int | list[int]

@@ -22,6 +22,7 @@ PRUNE = {
     "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
     "core_top_m": 0, "keep_super": False, "out_dir": "o",
 }  # fmt: skip
+NO_LABELS = ("", " a", "a b", ".a", "-a", "+a", "_a", "a/b", "a\n", "$a", "a|b", "a<b", "ä", "a" * 101)
 EVALUATE = {
     "model": "m", "label": "base", "keep_set": None, "packs": "p", "pack_files": None, "only": None, "rows": "all",
     "seq_lens": [64, 128], "num_blocks": 2, "entropy_topk": 20, "cc_quantile": 0.15, "device": "auto", "dtype": "auto",
@@ -98,6 +99,9 @@ def test_a_missing_parameter_is_named(kind, values):
         (Evaluate, EVALUATE, {"seq_lens": [64, 0]}),
         (Evaluate, EVALUATE, {"only": "UNION"}),
         (Evaluate, EVALUATE, {"label": 3}),
+        *((Evaluate, EVALUATE, {"label": label}) for label in NO_LABELS),
+        (Evaluate, EVALUATE, {"keep_set": []}),
+        (Evaluate, EVALUATE, {"only": []}),
         (Recover, RECOVER, {"trained": "routers"}),
         (Recover, RECOVER, {"trained": []}),
         (Recover, RECOVER, {"trained": ["routers", "experts"]}),
@@ -144,6 +148,10 @@ def test_one_keep_set_becomes_arguments_under_the_label():
     assert Evaluate.check(EVALUATE | {"label": None}).keep_sets == {"base": None}
 
 
+def test_a_label_of_a_hundred_characters_is_one():
+    assert Evaluate.check(EVALUATE | {"label": "a.B_9+-" + "a" * 93}).label
+
+
 def test_a_list_of_keep_sets_is_scored_in_its_order():
     entries = [{"label": "whole"}, KEEP | {"label": "half"}, KEEP | {"label": "core", "core_top_m": 2}]
     found = Evaluate.check(EVALUATE | {"label": None, "keep_set": entries}).keep_sets
@@ -159,6 +167,7 @@ def test_a_list_of_keep_sets_is_scored_in_its_order():
         ([{"label": "a", "criterion": "reap", "keep_n": 4}], "'a' needs ranking and criterion"),
         ([{"label": "a", "core_top_m": 2}], "'a' needs ranking and criterion"),
         ([KEEP], "label"),
+        *(([KEEP | {"label": label}], "label") for label in NO_LABELS),
         ([KEEP | {"label": "a", "keep": 3}], "keep"),
         ({"ranking": "r"}, "criterion"),
         (KEEP | {"label": "a"}, "label"),

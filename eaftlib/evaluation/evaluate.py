@@ -2,6 +2,7 @@
 
 import platform
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
 from ..errors import ParameterError, ResultError
+from ..files import FILE_NAME
 from ..model.checkpoint import Checkpoint
 from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import checkpoint_sizes, read_manifest
@@ -52,7 +54,7 @@ def evaluate(
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
-    jobs = _packed(checkpoint, source, packs, {n: _at(num_blocks, n) for n in seq_lens}, rows)
+    jobs = _packed(checkpoint, source, packs, {n: results.blocks_at(num_blocks, n) for n in seq_lens}, rows)
     settings = {"num_blocks": num_blocks, "entropy_topk": entropy_topk, "cc_quantile": cc_quantile}
     settings |= {"rows": rows, "seq_lens": list(seq_lens), "scored_with": list(keep_sets)}
     settings |= {"gpu_name": forward.gpu_names(placement)}
@@ -64,6 +66,10 @@ def evaluate(
     for label, meta in metas.items():
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
     left = _left(jobs, entries, progress)
+    for label in keep_sets:
+        if entries[label] and not results.belong_together(out_dir / f"{label}.json"):
+            # The other file's entries and tokens are gone on from, but nobody else would read the two.
+            results.write(out_dir, label, metas[label], entries[label], tokens[label])
     weights = Weights(checkpoint, placement) if left else None
     for key, blocks in left.items():
         journal = Journal(out_dir / FOLDER, _identity(metas, blocks))
@@ -107,7 +113,9 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         return entries, tokens
     stored = results.read_tokens(results.tokens_path(path), meta["num_blocks"])
     for key, entry in old.entries.items():
-        expected = key in stored and aggregate(stored[key], _at(meta["num_blocks"], key[1]), meta["cc_quantile"])
+        expected = key in stored and aggregate(
+            stored[key], results.blocks_at(meta["num_blocks"], key[1]), meta["cc_quantile"]
+        )
         if expected and stored[key].row is not None and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
@@ -117,10 +125,6 @@ def _identity(metas: Mapping[str, dict], blocks: Blocks) -> dict[str, dict]:
     """All that the numbers of one pass depend on, by label."""
     entry = _inputs(blocks) | {"pack": blocks.pack, "seq_len": blocks.seq_len}
     return {label: Identity.of(meta, entry).resumable for label, meta in metas.items()}
-
-
-def _at(num_blocks: int | Mapping[str, int], length: int) -> int:
-    return num_blocks if isinstance(num_blocks, int) else num_blocks[str(length)]
 
 
 def _left(jobs: Sequence[Blocks], entries: dict[str, dict], progress: bool) -> dict[tuple[str, int], Blocks]:
@@ -141,10 +145,15 @@ def _is_left(blocks: Blocks, finished: Collection[dict]) -> bool:
 
 
 def _set_aside(paths: list[Path]) -> None:
-    """Keep what a run with other settings has left under these labels, until the next one does the same."""
+    """Keep what a run with other settings has left under these labels, until the next one does the same.
+
+    Tokens without a JSON are none: a run was killed before it had a result. The JSON goes last, so that after a kill in
+    between the next run still finds it, and joins it with its tokens.
+    """
     if ranks.is_first_on_host():
-        for old in (file for path in paths for file in (path, results.tokens_path(path)) if file.is_file()):
-            old.replace(old.with_name(f"{old.name}.old"))
+        for path in (path for path in paths if path.is_file()):
+            for old in (file for file in (results.tokens_path(path), path) if file.is_file()):
+                old.replace(old.with_name(f"{old.name}.old"))
     ranks.largest(0.0)  # the other ranks write only after that
 
 
@@ -169,8 +178,11 @@ def _inputs(blocks: Blocks) -> dict:
 
 def _require_file_names(labels: Iterable[str]) -> None:
     for label in labels:
-        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
-            raise ParameterError(f"label: found {label!r}; it names files: letters, digits, '_', '.', '+', '-' only")
+        if not re.fullmatch(FILE_NAME, label):
+            raise ParameterError(
+                f"label: found {reprlib.repr(label)}; it names files: expected a letter or digit, and then up to 99 letters, "
+                "digits, '_', '.', '+' or '-'"
+            )
 
 
 def _require_same_models(out_dir: Path, metas: dict[str, dict]) -> None:

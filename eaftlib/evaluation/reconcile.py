@@ -15,6 +15,7 @@ _LAST_BITS = 1e-12  # a probability that is so near to a threshold, or to a bin'
 # Earlier files: float32 sums, and histograms of values that were rounded before they were binned.
 _EARLIER = 1e-4
 _EARLIER_MOST = 30.0  # their ppl is exp of mean_nll, or of this where it is less
+_SUMS = ("kept", "nll_sum", "prob_sum", "entropy_sum", "conflicts")
 _EDGES = 1e-6  # earlier files have float32 ones; others than from 0 to 1, of log10 p, cannot be compared with them
 _BY_LOGSUMEXP = 1e-4  # p is exp(z - logsumexp(z)), float32: it may be above 1 by so much
 
@@ -74,7 +75,7 @@ def _numbers(model: dict, expected: dict) -> Iterator[Disagreement]:
     for name in ("kept_tokens", "mean_nll", "ppl", "var_nll", "mean_prob", "mean_entropy", "p_thr", "h_thr"):
         if name in model and not _near(model[name], expected[name]):
             yield Disagreement(name, model[name], f"{expected[name]} by its tokens")
-    for name in ("kept", "nll_sum", "prob_sum", "entropy_sum"):
+    for name in _SUMS[:-1]:
         found, sums = (np.asarray(m["blocks"][name], np.float64) for m in (model, expected))
         if found.shape != sums.shape or not np.all(_near(found, sums)):
             yield Disagreement(f"blocks.{name}", *_first(found, sums))
@@ -192,11 +193,10 @@ def _below(edges: list[float], threshold: float) -> tuple[int, int]:
 
 
 def _of_blocks(model: dict, num_blocks: int | None) -> Iterator[Disagreement]:
-    blocks = {name: np.asarray(values, np.float64) for name, values in model["blocks"].items()}
-    sizes = {name: len(values) for name, values in blocks.items()}
-    expected = sizes["kept"] if num_blocks is None else num_blocks
-    if set(sizes.values()) != {expected}:
-        yield Disagreement("blocks", sizes, f"{expected} of each, num_blocks")
+    blocks = {name: np.asarray(model["blocks"][name], np.float64) for name in _SUMS}
+    sizes = {len(values) for values in blocks.values()}
+    if sizes != {num_blocks}:
+        yield Disagreement("blocks", f"{sorted(sizes)} numbers each", f"as many as meta.num_blocks says, {num_blocks}")
         return
     kept = blocks["kept"]
     sums = (

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ResultError
-from ..files import json_text, parse_json, read_json, require_file, typed, write_together
+from ..files import json_text, parse_json, read_json, require_file, sha256, typed, write_together
 from . import reconcile
 from .identity import Identity, Question
 from .statistics import Tokens
@@ -191,6 +191,11 @@ def read_tokens(path: Path, num_blocks: int | Mapping[str, int]) -> dict[tuple[s
         (key["pack"], key["seq_len"]): _tokens_of(table, path, **key, num_blocks=blocks_at(num_blocks, key["seq_len"]))
         for key in keys
     }
+
+
+def belong_together(path: Path) -> bool:
+    """Whether the tokens beside a result JSON are those that it was written with: no run was killed between the two."""
+    return sha256(tokens_path(path)) == read(path).meta["tokens_sha256"]
 
 
 def blocks_at(num_blocks: int | Mapping[str, int] | None, seq_len: int) -> int | None:
