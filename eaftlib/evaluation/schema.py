@@ -89,7 +89,7 @@ class SequenceEntry(_Part):
 
 class PackEntry(_Part):
     pack: Annotated[str, Field(min_length=1)]
-    seq: dict[Length, SequenceEntry]
+    seq: Annotated[dict[Length, SequenceEntry], Field(min_length=1)]
 
 
 class TrainingText(_Part):
@@ -158,7 +158,7 @@ class CompleteMeta(Meta):
 
 class EarlierFile(_Part):
     meta: Meta
-    packs: list[PackEntry]
+    packs: Annotated[list[PackEntry], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _every_pack_once(self):
