@@ -178,13 +178,13 @@ class CompleteEntry(SequenceEntry):
 
 
 class CompletePack(PackEntry):
-    seq: dict[Length, CompleteEntry]
+    seq: Annotated[dict[Length, CompleteEntry], Field(min_length=1)]
 
 
 class ResultFile(EarlierFile):
     schema_: Literal[SCHEMA] = Field(alias="schema")
     meta: CompleteMeta
-    packs: list[CompletePack]
+    packs: Annotated[list[CompletePack], Field(min_length=1)]
 
 
 def shape_of(content: Mapping[str, Any]) -> type[EarlierFile]:
