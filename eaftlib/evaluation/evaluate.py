@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from .. import __version__, project
-from ..engine import forward, ranks
+from ..engine import forward, ranks, selftest
 from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
@@ -71,6 +71,8 @@ def evaluate(
             # The other file's entries and tokens are gone on from, but nobody else would read the two.
             results.write(out_dir, label, metas[label], entries[label], tokens[label])
     weights = Weights(checkpoint, placement) if left else None
+    if left:
+        selftest.require_sound(weights, next(iter(left.values())), entropy_topk)
     for key, blocks in left.items():
         journal = Journal(out_dir / FOLDER, _identity(metas, blocks))
         run = forward.score(

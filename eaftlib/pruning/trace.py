@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from .. import project
-from ..engine import forward, ranks
+from ..engine import forward, ranks, selftest
 from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
@@ -89,6 +89,7 @@ def record(
     provenance = _provenance(checkpoint, blocks, placement, entropy_topk)
     journal = None if out_dir is None else Journal(out_dir / FOLDER, provenance | _conditions(placement, recon_tokens))
     weights = Weights(checkpoint, placement)
+    selftest.require_sound(weights, blocks, entropy_topk)
     run = forward.score(
         weights,
         blocks,
