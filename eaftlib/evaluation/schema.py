@@ -188,8 +188,10 @@ class ResultFile(EarlierFile):
 
 
 def shape_of(content: Mapping[str, Any]) -> type[EarlierFile]:
-    """What a file must be: one without ``schema`` is of the earlier shape."""
-    return ResultFile if "schema" in content else EarlierFile
+    """What a file must be: one without ``schema`` is of the earlier shape, which knows no tokens beside it."""
+    meta = content.get("meta")
+    is_ours = "schema" in content or (isinstance(meta, dict) and "tokens_sha256" in meta)
+    return ResultFile if is_ours else EarlierFile
 
 
 class Limits(BaseModel):
