@@ -224,7 +224,7 @@ def make_legacy(path):
     """The earlier shape: no schema, no blocks, no row hash, no label, no token file."""
 
     def change(content):
-        del content["schema"], content["meta"]["label"]
+        del content["schema"], content["meta"]["label"], content["meta"]["tokens_sha256"]
         for pack in content["packs"]:
             for part in pack["seq"].values():
                 del part["model"]["blocks"], part["rows_sha256"]
