@@ -120,24 +120,6 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
 
 
 @torch.inference_mode()
-def compare_products(tokens: int = 16384) -> list[dict]:
-    """The two grouped products of a layer's 32 experts, top 4, against one dense product with the same arithmetic."""
-    e, h, i = CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size
-    expert = torch.rand(tokens, e, device="cuda").topk(4).indices.flatten()
-    ends = torch.bincount(expert, minlength=e).cumsum(0).int()
-    rows = []
-    for name, columns in (("first", 2 * i), ("second", h)):
-        x, matrices = normal(4 * tokens, h), normal(e, columns, h, std=0.02).transpose(1, 2)
-        runs = {
-            "one dense product": partial(torch.mm, x, matrices[0]),
-            "grouped over experts": partial(F.grouped_mm, x, matrices, offs=ends),
-        }
-        teraflop = 2 * len(x) * h * columns / 1e12
-        rows += side_by_side(f"{name} expert product, {tokens:,} tokens", runs, teraflop, "TFLOP/s", inner=3)
-    return rows
-
-
-@torch.inference_mode()
 def compare_attention() -> list[dict]:
     rows = []
     for blocks, length, window in ((8, 2048, None), (8, 2048, 128), (1, 131072, None), (1, 131072, 128)):
