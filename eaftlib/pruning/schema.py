@@ -63,7 +63,7 @@ class RankingFile(Part):
 
     def _require_shape(self, field: str, by_layer: list[list]) -> None:
         sizes = [len(layer) for layer in by_layer]
-        if sizes != [self.num_experts] * self.num_layers:
+        if len(sizes) != self.num_layers or set(sizes) != {self.num_experts}:
             raise ValueError(
                 f"{field}: found {len(sizes)} layers of {sorted(set(sizes))} experts, expected {self.num_layers} of "
                 f"{self.num_experts} (num_layers, num_experts)"
