@@ -73,7 +73,7 @@ def test_an_array_that_is_not_contiguous_is_saved_as_it_is(tmp_path):
 
 def test_a_trace_of_an_earlier_version_has_no_hash_and_is_read(folder):
     file = folder / "trace.safetensors"
-    rewritten(file, lambda arrays, metadata: metadata.pop("sha256"))
+    rewritten(file, lambda arrays, metadata: None)
     assert faults.comparable(vars(Trace.load(file))) == faults.comparable(vars(faults.made_up_trace()))
 
 
@@ -241,9 +241,7 @@ def rewritten(file, change):
     """The trace in ``file`` with arrays and metadata changed; ``sha256`` is left out, as in a trace of earlier versions."""
     arrays, metadata = trace_file._read(file)
     metadata.pop("sha256")
-    metadata["sha256"] = "0" * 64
     change(arrays, metadata)
-    metadata.pop("sha256", None)
     save_file(arrays, file, metadata)
 
 
