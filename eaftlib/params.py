@@ -20,9 +20,9 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
 Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Label = Annotated[str, Field(pattern=f"^{FILE_NAME}$")]  # it names files
 LossWeight = Annotated[FiniteFloat, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Parameters(BaseModel):

@@ -90,7 +90,10 @@ def test_a_missing_parameter_is_named(kind, values):
         (Rank, RANK, {"w_good": "1"}),
         (Rank, RANK, {"w_good": float("nan")}),
         (Rank, RANK, {"entropy_topk": 1}),
+        (Rank, RANK, {"seed": -1}),
+        (Rank, RANK, {"seed": 2**63}),
         (Rank, RANK, {"model": None}),
+        (Prune, PRUNE, {"criterion": ""}),
         (Prune, PRUNE, {"keep_n": "16"}),
         (Prune, PRUNE, {"keep_frac": "half"}),
         (Prune, PRUNE, {"ranking": None}),
@@ -111,6 +114,7 @@ def test_a_missing_parameter_is_named(kind, values):
         (Recover, RECOVER, {"held_out_blocks": 0}),
         (Recover, RECOVER, {"batch_blocks": 0}),
         (Recover, RECOVER, {"steps": -1}),
+        (Recover, RECOVER, {"seed": -1}),
         (Recover, RECOVER, {"learning_rate": 0.0}),
         (Recover, RECOVER, {"learning_rate": float("inf")}),
         (Recover, RECOVER, {"check_every": 0}),
@@ -134,6 +138,12 @@ def test_wrong_types_and_values_name_the_parameter_and_what_was_found(kind, valu
         kind.check(values | change)
     assert str(error.value).startswith(name)
     assert repr(found) in str(error.value) or any(repr(x) in str(error.value) for x in found)
+
+
+def test_a_ranking_in_which_no_token_counts_is_refused():
+    with pytest.raises(ParameterError, match="w_good, w_uncertain, w_conflict: all are 0"):
+        Rank.check(RANK | {"w_good": 0, "w_uncertain": 0.0, "w_conflict": -0.0})
+    assert Rank.check(RANK | {"w_good": 0.0, "w_uncertain": 0.0, "w_conflict": -1.0}).w_conflict == -1.0
 
 
 def test_whole_numbers_are_numbers_too():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from ..files import read_json, sha256, typed, write_json
+from ..files import read_json, sha256, write_json
 from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
 from ..model.writer import New, Progress, Stored, TensorSource, write_shards
@@ -106,14 +106,8 @@ def prune(
 
 def read_manifest(checkpoint: Checkpoint) -> dict:
     """What pruning left in a checkpoint: how its experts were chosen and, if it was trained since, how; else empty."""
-    from .manifest import Manifest
-
-    file, advice = checkpoint.folder / MANIFEST, "prune again"
-    if not file.is_file():
-        return {}
-    manifest = read_json(file, CheckpointError, advice)
-    typed(manifest, Manifest, f"{file}", CheckpointError, advice)
-    return manifest
+    manifest = checkpoint.folder / MANIFEST
+    return read_json(manifest, CheckpointError, "prune again") if manifest.is_file() else {}
 
 
 def _write(

@@ -79,7 +79,7 @@ def write_valid(folder):
 
 # --- ranking.json -------------------------------------------------------------------------------------------------
 
-VALUES = [None, True, -1, -5, 1.5, 32, 10**30, 1e308, -0.0, "", "☃", "\ud800", [], {}, [[[]]]]
+VALUES = [None, True, -1, -5, 1.5, 32, 10**15, 10**30, 10**400, 1e308, -0.0, "", "☃", "\ud800", [], {}, [[[]]]]
 RAW = ["NaN", "Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 100_000, "00", "\x00"]
 
 
@@ -147,6 +147,8 @@ NAMED = {
     "no losses": lambda r: r["criteria"]["recon"].pop("losses"),
     "losses of a layer less": lambda r: r["criteria"]["recon"]["losses"]["4"].pop(),
     "a negative loss": _set(lambda r: r["criteria"]["recon"]["losses"]["4"], 0, -0.5),
+    "10^15 layers": lambda r: r.update(num_layers=10**15),
+    "10^15 experts": lambda r: r.update(num_experts=10**15),
     "top_k 0": lambda r: r.update(top_k=0),
     "top_k 3": lambda r: r.update(top_k=3),
     "top_k 9": lambda r: r.update(top_k=9),
