@@ -207,10 +207,9 @@ def _of_blocks(model: dict, num_blocks: int | None) -> Iterator[Disagreement]:
         ("conflicts", "cc_count", 1),
     )
     for name, of, times in sums:
-        if not _near(total := math.fsum(blocks[name]), model[of] * times):
-            yield Disagreement(
-                f"blocks.{name}", f"{total} in all", f"{of}, {model[of]}{' of each token' * (times != 1)}"
-            )
+        total, expected = math.fsum(blocks[name]), float(model[of] * times)
+        if not _near(total, expected):
+            yield Disagreement(f"blocks.{name}", f"{total} in all", f"{expected}, by {of}")
     for name in ("prob_sum", "entropy_sum", "conflicts"):
         if np.any(blocks[name] < -_BY_LOGSUMEXP * kept) or np.any(blocks[name] > kept * (1 + _BY_LOGSUMEXP)):
             yield Disagreement(f"blocks.{name}", "beyond it somewhere", "0 to kept, in every block")
