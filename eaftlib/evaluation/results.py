@@ -284,5 +284,8 @@ def _why_apart(parts: list[Result]) -> list[str]:
 
 
 def holds_packs(path: Path) -> bool:
+    """Whether a JSON is a result, or was one: it has ``packs``, or the schema of those that do."""
+    from .schema import SCHEMA
+
     content = parse_json(path, ResultError, "remove it or run 03_evaluate again")
-    return isinstance(content, dict) and "packs" in content
+    return isinstance(content, dict) and ("packs" in content or content.get("schema") == SCHEMA)

@@ -94,8 +94,9 @@ def outcome(folder: Path, expected: dict) -> tuple[str, str]:
         return OWN, str(error)
     except Exception:
         return FOREIGN, traceback.format_exc()
-    judged = zip(found["judged"], expected["judged"], strict=True)
-    right = all(mine[0] == "INCOMPLETE" or _same(mine, other) for mine, other in judged)
+    judged = zip(found["judged"], expected["judged"], strict=False)
+    right = len(found["judged"]) == len(expected["judged"])
+    right &= all(mine[0] == "INCOMPLETE" or _same(mine, other) for mine, other in judged)
     right &= all(any(_same(row, other) for other in expected["rows"]) for row in found["rows"])
     return (RIGHT, "") if right else (WRONG, f"{found} against {expected}")
 
