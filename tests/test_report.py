@@ -427,9 +427,7 @@ def golden_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     for path in (GOLDEN / "results").iterdir():
         if path.suffix == ".gz":
-            # Of an earlier shape, so its name is its label; not every system has such a name for a file of a repository.
-            name = path.stem.replace("one-length", "one <length>")
-            (folder / name).write_bytes(gzip.decompress(path.read_bytes()))
+            (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         else:
             shutil.copyfile(path, folder / path.name)
     return folder

@@ -66,7 +66,8 @@ def with_tokens(model: dict, tokens: Tokens, num_blocks: int, cc_quantile: float
 
     A count may differ by the tokens whose probability is within the last bits of a threshold or of an edge.
     """
-    expected = aggregate(tokens, num_blocks, cc_quantile)
+    with np.errstate(over="ignore"):  # of ppl, which then is not what the entry has
+        expected = aggregate(tokens, num_blocks, cc_quantile)
     yield from _numbers(model, expected)
     yield from _counts(model, expected, tokens)
 

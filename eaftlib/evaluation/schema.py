@@ -60,30 +60,32 @@ class BlockSums(_Part):
 
 
 class ModelEntry(_Part):
+    """What has a default may be absent, but is never null."""
+
     ppl: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     kept_tokens: Positive
     mean_prob: Share
     mean_entropy: Share
     mean_nll: Annotated[float, Field(ge=-1, le=700)]  # exp of it is a number
-    var_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    var_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] = None
     p_thr: Share
     h_thr: Share
     cc_rate: Share
     cc_count: Count
-    quadrants: Quadrants | None = None
+    quadrants: Quadrants = None
     hist2d_x_H: Histogram2D
-    hist1d_x: Histogram | None = None
-    hist1d_H: Histogram | None = None
-    blocks: BlockSums | None = None
-    tok_s_pred: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    kl_to_base: Finite | None = None
-    top1_agreement: Share | None = None
+    hist1d_x: Histogram = None
+    hist1d_H: Histogram = None
+    blocks: BlockSums = None
+    tok_s_pred: Annotated[float, Field(ge=0, allow_inf_nan=False)] = None
+    kl_to_base: Finite = None
+    top1_agreement: Share = None
 
 
 class SequenceEntry(_Part):
     rows_seen: Count
-    rows_sha256: Sha256 | None = None
-    input_sha256: Sha256 | None = None
+    rows_sha256: Sha256 = None
+    input_sha256: Sha256 = None
     model: ModelEntry
 
 

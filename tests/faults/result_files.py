@@ -1,6 +1,7 @@
 """Results that say what is not so: every field, every byte. What becomes of a report on them, counted.
 
-``python tests/faults/result_files.py`` runs every case in a process of its own, with a time limit, and prints the table.
+``python tests/faults/result_files.py`` runs every case in a process of its own, with a time limit, and prints the table; with a
+number n, every n-th.
 """
 
 import copy
@@ -377,6 +378,14 @@ ENTRIES = {
 }  # fmt: skip
 
 
+# What a file cannot tell: sums moved from one block to another where no tokens are beside it; a token file without ``row``,
+# which earlier versions wrote, and whose intervals are over blocks; and JSON that is no result, which is passed over.
+CANNOT_BE_KNOWN = {f"moved {name}, without tokens" for name in ("nll_sum", "prob_sum")} | {
+    "no row",
+    "null named cand.json",
+}
+
+
 def cases() -> Iterator[Case]:
     yield from json_cases()
     yield from byte_cases("json", 150)
@@ -421,7 +430,8 @@ def made() -> tuple[dict[str, bytes], dict[bool, dict]]:
 
 def main() -> None:
     (files, expected), counts, told = made(), {}, {FOREIGN: [], HANG: [], WRONG: []}
-    for case in cases():
+    every = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    for case in list(cases())[::every]:
         found, why = in_a_process(case, files, expected)
         counts.setdefault(case.group, Counter())[found] += 1
         if found in told:
