@@ -1,5 +1,6 @@
 """The shapes of result and gates JSON, checked on reading. Results of the earlier shape lack ``schema`` and ``blocks``."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -164,9 +165,9 @@ class EarlierFile(_Part):
 
     @model_validator(mode="after")
     def _every_pack_once(self):
-        names = [entry.pack for entry in self.packs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"packs: {twice!r} is there {names.count(twice)} times, expected once")
+        times = Counter(entry.pack for entry in self.packs)
+        if twice := next((name for name, count in times.items() if count > 1), None):
+            raise ValueError(f"packs: {twice!r} is there {times[twice]} times, expected once")
         return self
 
 
