@@ -218,6 +218,20 @@ def test_a_model_is_equivalent_to_itself_and_another_is_not(gates, tmp_path):
     assert by_gate["dPPL"].interval[0] < by_gate["dPPL"].value < by_gate["dPPL"].interval[1]
 
 
+@pytest.mark.parametrize("unit", ["row", "block"])
+def test_one_conversation_or_block_decides_nothing(gates, tmp_path, unit):
+    """It says nothing of what another would: no interval, least of all one of no width."""
+    one = random_tokens(n=50, num_blocks=1)
+    row = np.zeros(50, np.int32) if unit == "row" else None
+    tokens = {("UNION", s): replace(one, row=row) for s in SEQ_LENS}
+    worse = {key: replace(part, nll=(part.nll * 3).astype(np.float32)) for key, part in tokens.items()}
+    base, other = (read(write(tmp_path, label, part)) for label, part in (("b", tokens), ("d", worse)))
+    for candidate, status in ((base, "PASS"), (other, "FAIL")):
+        found = judge(candidate, base, gates)
+        assert (found.status, found.evidence) == (status, "UNDECIDED")
+        assert {(c.interval, c.evidence, c.blocks_to_decide) for c in found.checks} == {(None, "UNDECIDED", None)}
+
+
 def test_an_empty_histogram_is_an_error_and_no_pass(gates):
     empty = result("c", hist2d_x_H=histogram({}))
     with pytest.raises(ResultError, match="JS2D of c and b on UNION at 1024: a histogram is empty"):

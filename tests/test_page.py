@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import world
 from test_report import GATES, candidate, recovered, shifted
-from test_results import random_tokens, write
+from test_results import edit, make_legacy, random_tokens, write
 
 from eaftlib.evaluation import results
 from eaftlib.report import folder as report_folder
@@ -40,9 +40,12 @@ def scored(tmp_path_factory):
     write(out, "near-24", shifted(tokens, 1.001), candidate("reap_mass", 24))
     write(out, "far-16", shifted(tokens, 2.0), candidate("reap_mass", 16))
     write(out, "recovered-16", shifted(tokens, 1.1), recovered(16))
-    write(out, "hostile", shifted(tokens, 1.3), candidate(HOSTILE, 20) | {"label": HOSTILE})
+    hostile = write(out, "hostile", shifted(tokens, 1.3), candidate(HOSTILE, 20))
     write(out, "short", {KEYS[0]: shifted(tokens, 1.001)[KEYS[0]]}, candidate("ean", 20))
-    write(out, "formula", shifted(tokens, 1.4), candidate("ean", 16) | {"label": FORMULA})
+    formula = write(out, "formula", shifted(tokens, 1.4), candidate("ean", 16))
+    for path, label in ((hostile, HOSTILE), (formula, FORMULA)):  # as earlier files may have them
+        make_legacy(path)
+        edit(path, lambda content, label=label: content["meta"].update(label=label))
     for label, rows in (("elsewhere", "r1"), ("nowhere", "r2")):  # on a pack that the baseline was not scored on
         write(out, label, {("b", 64): random_tokens(seed=9)}, candidate("ean", 12), rows_sha256=rows)
     old = json.loads((out / "far-16.json").read_text())

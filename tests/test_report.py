@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
-from test_results import random_tokens, write
+from test_results import edit, make_legacy, random_tokens, write
 
 from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
@@ -192,10 +192,15 @@ HOSTILE = "<img src=x onerror=alert(1)>|`**_x_**`\n# [y](z)"
 
 @pytest.fixture
 def hostile(folder):
-    """A model and a criterion whose names are markup, a table's bar, a new line; and one that is a formula."""
+    """A model and a criterion whose names are markup, a table's bar, a new line; and one that is a formula.
+
+    Labels of today are names of files; earlier files may hold anything.
+    """
     tokens = {("UNION", 64): random_tokens(seed=1), ("UNION", 128): random_tokens(seed=2)}
-    write(folder, "x", tokens, candidate(HOSTILE, 20) | {"label": HOSTILE})
-    write(folder, "y", tokens, candidate("$\\frac_", 20) | {"label": "=1+1"})
+    for name, label, criterion in (("x", HOSTILE, HOSTILE), ("y", "=1+1", "$\\frac_")):
+        path = write(folder, name, tokens, candidate(criterion, 20))
+        make_legacy(path)
+        edit(path, lambda content, label=label: content["meta"].update(label=label))
     return model.build(results.read_all([str(folder)]), "base", GATES)
 
 
@@ -422,9 +427,7 @@ def golden_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     for path in (GOLDEN / "results").iterdir():
         if path.suffix == ".gz":
-            # Of an earlier shape, so its name is its label; not every system has such a name for a file of a repository.
-            name = path.stem.replace("one-length", "one <length>")
-            (folder / name).write_bytes(gzip.decompress(path.read_bytes()))
+            (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         else:
             shutil.copyfile(path, folder / path.name)
     return folder

@@ -163,13 +163,18 @@ def _checks(comparison: Comparison, gates: Gates, seq_len: int, base: dict) -> l
         ("dCC", comparison.cc, limits["cc_rate"]),
         ("d mean p", comparison.mean_prob, limits["mean_prob"]),
     )
+    drawn, alone = (
+        comparison.sample is None or comparison.sample.count > 1,
+        (UNDECIDED, None),
+    )  # one unit has no interval
     checks = []
     for gate, delta, limit in deltas:
-        found = evidence(delta.value, delta.interval, -limit, limit, blocks)
+        found = evidence(delta.value, delta.interval, -limit, limit, blocks) if drawn else alone
         checks.append(
             Check(gate, seq_len, delta.value, limit, _status(abs(delta.value), limit), delta.interval, *found)
         )
-    found = evidence(js2d.estimate, js2d.interval, -math.inf, limits["js2d"], blocks)  # a divergence has no lower limit
+    # A divergence has no lower limit.
+    found = evidence(js2d.estimate, js2d.interval, -math.inf, limits["js2d"], blocks) if drawn else alone
     status = _status(js2d.value, limits["js2d"])
     return [*checks, Check("JS2D", seq_len, js2d.value, limits["js2d"], status, js2d.interval, *found)]
 

@@ -1,6 +1,7 @@
 """Result files: one JSON and one per-token parquet per model, written atomically, validated on reading."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Result:
             if (pack, seq_len) in part.entries:
                 return part.tokens(pack, seq_len)
         path = tokens_path(self.path)
-        if self.binned or not path.exists():
+        if self.binned or not os.path.lexists(path):
             return None
         require_file(path, ResultError, _EVALUATE)
         found = _tokens_of(self._table(path), path, pack, seq_len, self.num_blocks(seq_len))
@@ -223,8 +224,8 @@ def _read_table(path: Path, _stamp: tuple[int, ...]) -> tuple[pa.Table, str]:
     except (OSError, pa.ArrowException) as cause:
         raise ResultError(f"{path} cannot be read ({cause}); {_EVALUATE}") from cause
     for name, kind in (_TOKEN_COLUMNS | _ROW).items():
-        if name not in table.column_names and name in _TOKEN_COLUMNS:
-            raise ResultError(f"{path} has no column {name}, but {table.column_names}; {_EVALUATE}")
+        if table.column_names.count(name) not in ((1,) if name in _TOKEN_COLUMNS else (0, 1)):
+            raise ResultError(f"{path}: expected one column {name}, found {table.column_names}; {_EVALUATE}")
         if name in table.column_names and not _is_of(table[name], kind):
             found = f"{table[name].type}, {table[name].null_count} of {table.num_rows} null"
             raise ResultError(f"{path}: column {name} is {found}; expected {kind} without a null; {_EVALUATE}")
@@ -284,5 +285,8 @@ def _why_apart(parts: list[Result]) -> list[str]:
 
 
 def holds_packs(path: Path) -> bool:
+    """Whether a JSON is a result, or was one: it has ``packs``, or the schema of those that do."""
+    from .schema import SCHEMA
+
     content = parse_json(path, ResultError, "remove it or run 03_evaluate again")
-    return isinstance(content, dict) and "packs" in content
+    return isinstance(content, dict) and ("packs" in content or content.get("schema") == SCHEMA)

@@ -1,5 +1,6 @@
 """The shapes of result and gates JSON, checked on reading. Results of the earlier shape lack ``schema`` and ``blocks``."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -60,30 +61,32 @@ class BlockSums(_Part):
 
 
 class ModelEntry(_Part):
+    """What has a default may be absent, but is never null."""
+
     ppl: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     kept_tokens: Positive
     mean_prob: Share
     mean_entropy: Share
     mean_nll: Annotated[float, Field(ge=-1, le=700)]  # exp of it is a number
-    var_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    var_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] = None
     p_thr: Share
     h_thr: Share
     cc_rate: Share
     cc_count: Count
-    quadrants: Quadrants | None = None
+    quadrants: Quadrants = None
     hist2d_x_H: Histogram2D
-    hist1d_x: Histogram | None = None
-    hist1d_H: Histogram | None = None
-    blocks: BlockSums | None = None
-    tok_s_pred: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    kl_to_base: Finite | None = None
-    top1_agreement: Share | None = None
+    hist1d_x: Histogram = None
+    hist1d_H: Histogram = None
+    blocks: BlockSums = None
+    tok_s_pred: Annotated[float, Field(ge=0, allow_inf_nan=False)] = None
+    kl_to_base: Finite = None
+    top1_agreement: Share = None
 
 
 class SequenceEntry(_Part):
     rows_seen: Count
-    rows_sha256: Sha256 | None = None
-    input_sha256: Sha256 | None = None
+    rows_sha256: Sha256 = None
+    input_sha256: Sha256 = None
     model: ModelEntry
 
 
@@ -162,9 +165,9 @@ class EarlierFile(_Part):
 
     @model_validator(mode="after")
     def _every_pack_once(self):
-        names = [entry.pack for entry in self.packs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"packs: {twice!r} is there {names.count(twice)} times, expected once")
+        times = Counter(entry.pack for entry in self.packs)
+        if twice := next((name for name, count in times.items() if count > 1), None):
+            raise ValueError(f"packs: {twice!r} is there {times[twice]} times, expected once")
         return self
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ..pruning.explore import overlap
 from . import charts
@@ -25,6 +26,12 @@ _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 class Picture(Figure):
     """A figure that a notebook shows as a PNG wherever it runs, without pyplot and its global state."""
+
+    def draw(self, renderer) -> None:
+        """Names of models and packs are text: a ``$`` in them begins no formula."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
     def png(self) -> bytes:
         buffer = io.BytesIO()
