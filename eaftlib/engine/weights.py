@@ -111,11 +111,9 @@ class Weights:
         narrowing.guard(layer)
 
     def _fetch(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.tensor(name)
-        if self.device.type == "cpu":
-            return tensor
+        on_gpu = self.device.type != "cpu"
         # From pinned memory a GPU fetches by itself, at full speed and while it computes.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return self.checkpoint.tensor(name, pinned=on_gpu).to(self.device, non_blocking=on_gpu)
 
     def _read_ahead(self, order: Sequence[int]) -> Iterator[nn.Module]:
         """While one layer computes, a thread reads the next one and decodes it on a stream of its own."""

@@ -15,6 +15,11 @@ GROUP = 32
 _E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
 
 
+def is_part(name: str) -> bool:
+    """Whether a tensor of this name holds blocks or scales, and no numbers of its own."""
+    return name.endswith(("_blocks", "_scales"))
+
+
 def require_fit(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Raises CheckpointError unless blocks and scales belong together."""
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, GROUP // 2):
