@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import CheckpointError
 from ..files import read_json, sha256
-from . import fingerprint, mxfp4
+from . import fingerprint, mxfp4, tokenizers
 from .settings import read_config
 from .shards import ADVICE, DTYPES, StoredTensor, read_header
 
@@ -63,15 +63,12 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        self._require_tokenizer_file()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{self.folder}: scoring needs a fast tokenizer (for offsets) with an EOS token")
-        return tokenizer
+        """Raises CheckpointError unless every token that it can give has a row in the model's embedding."""
+        return tokenizers.read(self.folder, self.config.vocab_size)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        return sha256(self._require_tokenizer_file())
+        return sha256(tokenizers.require_file(self.folder))
 
     @cached_property
     def sha256(self) -> str:
@@ -88,12 +85,6 @@ class Checkpoint:
 
     def shape(self, name: str) -> list[int]:
         return self._tensors[name].shape
-
-    def _require_tokenizer_file(self) -> Path:
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
-        return file
 
     def _verify(self) -> None:
         """The tensors of the architecture are there, and no others, each of the shape and type that it must have."""
@@ -200,6 +191,6 @@ def _require_shard(index: Path, name: str, file: object, shard_of: dict) -> None
     """What the index gives for a tensor is a file beside it: a path would lead out of the checkpoint."""
     if not isinstance(file, str) or file in ("", ".", "..") or file != os.path.basename(file) or "\0" in file:
         raise CheckpointError(f"{index} places {name!r} in {file!r}, expected the name of a file beside it; {ADVICE}")
-    if not (index.parent / file).is_file():
+    if not os.path.isfile(index.parent / file):
         missing = sum(f == file for f in shard_of.values())
         raise CheckpointError(f"{index.parent}: shard {file} is missing ({missing} tensors). Fetch it again.")

@@ -5,31 +5,25 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, lt=1e9)]
 Type = Literal["bfloat16", "float16", "float32"] | None
 
 
-class Rope(BaseModel):
-    """Position embedding: what transformers takes these kinds' angles from."""
+class Yarn(BaseModel):
+    """Position embedding, as in all published checkpoints. For each of these but the last two transformers has a default."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    rope_type: Literal["default", "linear", "yarn"] = "default"
-    rope_theta: Positive | None = None
-    factor: Annotated[float, Field(ge=1)] | None = None
-    beta_fast: Positive | None = None
-    beta_slow: Positive | None = None
+    rope_type: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1, lt=1e9)]
+    beta_fast: Positive
+    beta_slow: Positive
+    truncate: bool
+    original_max_position_embeddings: Count
+    rope_theta: Positive = 0.0  # not here: then beside it
     attention_factor: Positive | None = None
     mscale: Positive | None = None
     mscale_all_dim: Positive | None = None
-    truncate: bool | None = None
-    original_max_position_embeddings: Count | None = None
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        if self.rope_type != "default" and self.factor is None:
-            raise ValueError(f"rope_type {self.rope_type!r} without a factor")
-        return self
 
 
 class GptOssSettings(BaseModel):
@@ -51,8 +45,8 @@ class GptOssSettings(BaseModel):
     max_position_embeddings: Count
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
     rope_theta: Positive | None = None
-    rope_parameters: Rope | None = None
-    rope_scaling: Rope | None = None  # as it was called before transformers 5
+    rope_parameters: Yarn | None = None
+    rope_scaling: Yarn | None = None  # as it was called before transformers 5
     tie_word_embeddings: bool = False
     attention_bias: Literal[True] = True  # every published checkpoint has them, and what is read here wants them
     hidden_act: Literal["silu"] = "silu"
@@ -76,6 +70,9 @@ class GptOssSettings(BaseModel):
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        if self.rope_parameters is None and (self.rope_scaling is None or self.rope_theta is None):
-            raise ValueError("neither rope_parameters nor rope_scaling with rope_theta")
+        ropes = [rope for rope in (self.rope_parameters, self.rope_scaling) if rope is not None]
+        if len(ropes) != 1:
+            raise ValueError(f"found {len(ropes)} of rope_parameters and rope_scaling, expected one")
+        if not (ropes[0].rope_theta or self.rope_theta):
+            raise ValueError("there is no rope_theta")
         return self
