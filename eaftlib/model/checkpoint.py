@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import CheckpointError
 from ..files import read_json, sha256
-from . import fingerprint, mxfp4, tokenizers
+from . import fingerprint, mxfp4, tokenizers, values
 from .settings import read_config
 from .shards import ADVICE, DTYPES, StoredTensor, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-FLOATING = ("BF16", "F16", "F32")
+FLOATING = tuple(name for name, dtype in DTYPES.items() if dtype in values.FLOATING)
 
 
 class Checkpoint:

@@ -82,6 +82,22 @@ def set_value(name: str, key: str, value: object, folder: Path) -> None:
 NORM, HEAD, ROUTER = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.router.weight"
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
 TENSORS = [NORM, HEAD, ROUTER, BLOCKS, "model.embed_tokens.weight", "model.layers.2.mlp.experts.gate_up_proj_bias"]
+SHAPES = [[-1, -64], [1.5], ["64"], [64 * 512], [HUGE], None, [True], [0, 64], [64, 512, 1], [], 0, [1] * 100]
+MOVES = {
+    "later": lambda begin, end: [begin + 2, end + 2],
+    "earlier": lambda begin, end: [max(begin - 64, 0), max(begin - 64, 0) + end - begin + 64],
+    "longer": lambda begin, end: [begin, end + 2],
+    "shorter": lambda begin, end: [begin, end - 2],
+    "turned": lambda begin, end: [end, begin],
+    "negative": lambda begin, end: [begin - 10**9, end],
+    "huge": lambda begin, end: [begin, HUGE],
+    "far": lambda begin, end: [begin + 10**12, end + 10**12],
+    "text": lambda begin, end: [str(begin), end],
+    "one": lambda begin, end: [begin],
+    "three": lambda begin, end: [begin, end, end],
+    "null": lambda begin, end: None,
+}
+HEADERS = {"list": b"[]", "null": b"null", "not UTF-8": b'{"\xff": 1}', "deep": b"[" * 10**5, "NaN": b'{"a": NaN}'}
 
 
 def shard_cases() -> dict[str, Callable[[Path], object]]:
@@ -89,17 +105,9 @@ def shard_cases() -> dict[str, Callable[[Path], object]]:
     for name in TENSORS:
         for dtype in ("F16", "I16", "U16", "F8_E4M3", "F32", "BOOL", "X", "", 3, None, ["BF16"]):
             cases[f"{name} as {dtype}"] = partial(edit_header, name, typed_as(dtype))
-        for what, shape in {
-            "negative": [-1, -64], "float": [1.5], "text": ["64"], "flat": [64 * 512], "huge": [HUGE], "null": None, "bool": [True],
-            "with a zero": [0, 64], "transposed": [64, 512, 1], "none": [], "zero": 0,
-        }.items():  # fmt: skip
-            cases[f"{name} shape {what}"] = partial(edit_header, name, lambda e, _, shape=shape: e.update(shape=shape))
-        for what, move in {
-            "later": lambda b, e: [b + 2, e + 2], "longer": lambda b, e: [b, e + 2], "shorter": lambda b, e: [b, e - 2],
-            "turned": lambda b, e: [e, b], "negative": lambda b, e: [b - 10**9, e], "huge": lambda b, e: [b, HUGE],
-            "far": lambda b, e: [b + 10**12, e + 10**12], "text": lambda b, e: [str(b), e], "one": lambda b, e: [b], "three": lambda b, e: [b, e, e],
-            "null": lambda b, e: None, "earlier": lambda b, e: [max(b - 64, 0), max(b - 64, 0) + e - b + 64],
-        }.items():  # fmt: skip
+        for shape in SHAPES:
+            cases[f"{name} shape {shape}"] = partial(edit_header, name, lambda e, _, shape=shape: e.update(shape=shape))
+        for what, move in MOVES.items():
             cases[f"{name} offsets {what}"] = partial(
                 edit_header, name, lambda e, _, move=move: e.update(data_offsets=move(*e["data_offsets"]))
             )
@@ -111,7 +119,7 @@ def shard_cases() -> dict[str, Callable[[Path], object]]:
         cases[f"cut at {part}"] = partial(edit_bytes, NORM, lambda c, part=part: c[:part])
     for what, length in {"0": 0, "1": 1, "past the end": 1 << 40, "2^64": (1 << 64) - 1}.items():
         cases[f"header length {what}"] = partial(edit_bytes, NORM, lambda c, n=length: n.to_bytes(8, "little") + c[8:])
-    for what, text in {"list": b"[]", "null": b"null", "not UTF-8": b'{"\xff": 1}', "deep": b"[" * 10**5, "NaN": b'{"a": NaN}'}.items():  # fmt: skip
+    for what, text in HEADERS.items():
         cases[f"header {what}"] = partial(
             edit_bytes, NORM, lambda c, t=text: len(t).to_bytes(8, "little") + t + c[-4096:]
         )
@@ -138,28 +146,14 @@ def _anothers_header(folder: Path) -> None:
     with_header(first, header(last)[0], header(first)[1])
 
 
-def index_cases() -> dict[str, Callable[[Path], object]]:
-    def place(file):
-        return partial(edit, change=lambda c: c["weight_map"].update({NORM: file}))
+PLACES = ["../x", "/etc/passwd", "..", ".", "", "sub/x", "a\0b", 3, None, [], {}, "config.json", "x" * 300, "no such"]
 
+
+def index_cases() -> dict[str, Callable[[Path], object]]:
     cases = {}
-    for file in (
-        "../x",
-        "/etc/passwd",
-        "..",
-        ".",
-        "",
-        "sub/x",
-        "a\0b",
-        3,
-        None,
-        [],
-        {},
-        "config.json",
-        "x" * 300,
-        "no such",
-    ):
-        cases[f"index places a tensor in {file!r:.40}"] = lambda folder, put=place(file): put(folder / INDEX)
+    for file in PLACES:
+        change = partial(edit, change=lambda c, file=file: c["weight_map"].update({NORM: file}))
+        cases[f"index places a tensor in {file!r:.40}"] = lambda folder, change=change: change(folder / INDEX)
     outside = "../outside.safetensors"
 
     def lead_out(folder):
@@ -201,17 +195,47 @@ def no_file(name: str) -> dict[str, Callable[[Path], object]]:
     }
 
 
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "not UTF-8": lambda content: content.replace(b'"', b'"\xff', 1),
+    "null": lambda content: b"null",
+    "a list": lambda content: b"[]",
+    "text": lambda content: b'"x"',
+    "deep": lambda content: b"[" * 10**5,
+    "huge integer": lambda content: b'{"a": ' + b"9" * 5000 + b"}",
+    "lone surrogate": lambda content: content.replace(b"{", b'{"\\ud800": 1, ', 1),
+    "BOM": lambda content: b"\xef\xbb\xbf" + content,
+    "UTF-16": lambda content: content.decode().encode("utf-16"),
+    "zeros": lambda content: bytes(len(content)),
+    "an empty object": lambda content: b"{}",
+    "twice": lambda content: content + content,
+}
+
+
 def no_text(name: str) -> dict[str, Callable[[Path], object]]:
-    damages = {
-        "empty": lambda c: b"", "cut": lambda c: c[: len(c) // 2], "not UTF-8": lambda c: c.replace(b'"', b'"\xff', 1), "null": lambda c: b"null",
-        "a list": lambda c: b"[]", "text": lambda c: b'"x"', "deep": lambda c: b"[" * 10**5, "huge integer": lambda c: b'{"a": ' + b"9" * 5000 + b"}",
-        "lone surrogate": lambda c: c.replace(b"{", b'{"\\ud800": 1, ', 1), "BOM": lambda c: b"\xef\xbb\xbf" + c, "UTF-16": lambda c: c.decode().encode("utf-16"),
-        "zeros": lambda c: bytes(len(c)), "an empty object": lambda c: b"{}", "twice": lambda c: c + c,
-    }  # fmt: skip
-    return no_file(name) | {f"{name} {what}": partial(edit_bytes, name, change) for what, change in damages.items()}
+    return no_file(name) | {f"{name} {what}": partial(edit_bytes, name, change) for what, change in DAMAGES.items()}
 
 
 VALUES = [None, "x", "", -1, 0, 1.5, HUGE, True, [], {}, ["x"], {"x": 1}, 1e999, -1e999, DELETED]
+
+
+OTHERS = {
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 9,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float16",
+    "layer_types": ["full_attention"] * 3,
+    "num_attention_heads": 8,
+    "head_dim": 16,
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 128,
+    "num_key_value_heads": 3,
+    "attention_bias": False,
+    "hidden_act": "gelu",
+}
 
 
 def config_cases() -> dict[str, Callable[[Path], object]]:
@@ -228,18 +252,15 @@ def config_cases() -> dict[str, Callable[[Path], object]]:
     ]
     cases = {
         f"{key} = {'deleted' if value is DELETED else repr(value)}": partial(set_value, CONFIG, key, value)
-        for key in keys for value in VALUES
-    }  # fmt: skip
+        for key in keys
+        for value in VALUES
+    }
     for key in [*world.CONFIG["rope_scaling"], "rope_theta", "attention_factor"]:
         for value in VALUES:
             cases[f"rope_scaling.{key} = {'deleted' if value is DELETED else repr(value)}"] = partial(
                 _set_rope, key, value
             )
-    for key, value in {
-        "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 9, "tie_word_embeddings": True, "torch_dtype": "float16",
-        "layer_types": ["full_attention"] * 3, "num_attention_heads": 8, "head_dim": 16, "model_type": "llama", "vocab_size": 100,
-        "hidden_size": 128, "num_key_value_heads": 3, "attention_bias": False, "hidden_act": "gelu",
-    }.items():  # fmt: skip
+    for key, value in OTHERS.items():
         cases[f"{key} = {value!r}"] = partial(set_value, CONFIG, key, value)
     return cases | no_text(CONFIG)
 
@@ -251,6 +272,12 @@ def _set_rope(key: str, value: object, folder: Path) -> None:
             content["rope_scaling"][key] = value
 
     edit(folder / CONFIG, change)
+
+
+TOKENIZER_KEYS = "version truncation added_tokens normalizer pre_tokenizer post_processor decoder model padding".split()
+TOKENIZER_SETTINGS = (
+    "tokenizer_class eos_token pad_token auto_map added_tokens_decoder model_max_length extra_special_tokens".split()
+)
 
 
 def tokenizer_cases() -> dict[str, Callable[[Path], object]]:
@@ -268,15 +295,7 @@ def tokenizer_cases() -> dict[str, Callable[[Path], object]]:
         for value in ("x", 3, [], {}, [3], {"type": "x"}, DELETED):
             what = "deleted" if value is DELETED else repr(value)
             cases[f"tokenizer.json {key} = {what}"] = partial(set_value, "tokenizer.json", key, value)
-    for key in (
-        "tokenizer_class",
-        "eos_token",
-        "pad_token",
-        "auto_map",
-        "added_tokens_decoder",
-        "model_max_length",
-        "extra_special_tokens",
-    ):
+    for key in TOKENIZER_SETTINGS:
         for value in (None, "x", 3, [], {}, [3], {"x": 1}, {"AutoTokenizer": "x.Y"}, DELETED):
             what = "deleted" if value is DELETED else repr(value)
             cases[f"tokenizer_config.json {key} = {what}"] = partial(set_value, "tokenizer_config.json", key, value)
@@ -289,15 +308,18 @@ def tokenizer_cases() -> dict[str, Callable[[Path], object]]:
         "a merge of nothing": lambda c: c["model"]["merges"].insert(0, ["zzz", "yyy"]),
         "merges are text": lambda c: c["model"].update(merges="x"),
         "vocab a list": lambda c: c["model"].update(vocab=[]),
-    }.items():  # fmt: skip
+    }.items():
         cases[f"tokenizer.json {what}"] = lambda folder, change=change: edit(folder / "tokenizer.json", change)
     return cases
 
 
 def kinds() -> dict[str, dict[str, Callable[[Path], object]]]:
     return {
-        "shards": shard_cases(), "index": index_cases(), "config.json": config_cases(), "tokenizer files": tokenizer_cases()
-    }  # fmt: skip
+        "shards": shard_cases(),
+        "index": index_cases(),
+        "config.json": config_cases(),
+        "tokenizer files": tokenizer_cases(),
+    }
 
 
 OWN, FOREIGN, HANG, RIGHT, WRONG = "own error", "foreign error", "hang", "accepted and right", "accepted and wrong"
