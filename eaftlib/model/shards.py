@@ -9,7 +9,7 @@ pinned memory is, at 7.9 GB/s; copied out of a mapping at 1.7 GB/s.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +57,18 @@ class StoredTensor:
                 self._fill(file, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         return tensor
 
-    def pieces(self, start: int = 0, nbytes: int | None = None) -> Iterator[memoryview]:
-        """``nbytes`` of its bytes from ``start`` on, a piece at a time; a piece is valid until the next one is asked for."""
-        remaining = self.nbytes if nbytes is None else nbytes
-        buffer = memoryview(bytearray(min(PIECE_BYTES, remaining)))
+    def pieces(self, runs: Sequence[tuple[int, int]] | None = None) -> Iterator[memoryview]:
+        """Its bytes, or runs of them (begin, length), a piece at a time; a piece is valid until the next one is asked for."""
+        runs = [(0, self.nbytes)] if runs is None else runs
+        buffer = memoryview(bytearray(min(PIECE_BYTES, max(length for _, length in runs))))
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset + start)
-            while remaining:
-                piece = buffer[: min(remaining, PIECE_BYTES)]
-                self._fill(file, piece)
-                yield piece
-                remaining -= len(piece)
+            for begin, remaining in runs:
+                file.seek(self.offset + begin)
+                while remaining:
+                    piece = buffer[:remaining]
+                    self._fill(file, piece)
+                    yield piece
+                    remaining -= len(piece)
 
     def _fill(self, file, buffer: memoryview) -> None:
         while len(buffer):

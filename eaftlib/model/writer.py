@@ -10,20 +10,20 @@ import torch
 
 from ..files import write_json
 from .checkpoint import INDEX_FILE
-from .shards import DTYPES, StoredTensor
+from .shards import DTYPES, PIECE_BYTES, StoredTensor
 
 SHARD_BYTES = 4 << 30  # as large as the published checkpoint's
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorSource(Protocol):
-    """A tensor to be written: its dtype as the safetensors format spells it, and its bytes piece by piece, row-major."""
+    """A tensor to be written: its dtype as the safetensors format spells it; its bytes, row-major, PIECE_BYTES at a time."""
 
     dtype: str
     shape: list[int]
     nbytes: int
 
-    def pieces(self) -> Iterator[bytes | memoryview]: ...
+    def pieces(self) -> Iterator[memoryview]: ...
 
 
 class Stored:
@@ -37,8 +37,7 @@ class Stored:
         self.nbytes = size * len(self._runs)
 
     def pieces(self) -> Iterator[memoryview]:
-        for start, size in self._runs:
-            yield from self._tensor.pieces(start, size)
+        return self._tensor.pieces(self._runs)
 
 
 class New:
@@ -48,8 +47,9 @@ class New:
         self._values = tensor.detach().cpu().contiguous()
         self.dtype, self.shape, self.nbytes = _SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes
 
-    def pieces(self) -> Iterator[bytes]:
-        yield self._values.view(torch.uint8).numpy().tobytes()
+    def pieces(self) -> Iterator[memoryview]:
+        values = memoryview(self._values.view(-1).view(torch.uint8).numpy())
+        return (values[start : start + PIECE_BYTES] for start in range(0, self.nbytes, PIECE_BYTES))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..files import read_json, sha256, typed, write_json
 from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
 from ..model.settings import CONFIG_FILE
+from ..model.shards import PIECE_BYTES
 from ..model.writer import New, Progress, Stored, TensorSource, write_shards
 from ..progress import progress_bar
 from .keepsets import KeepSet
@@ -156,15 +157,22 @@ def _lock(lock: TextIO, out_dir: Path) -> None:
 
 def _require_equal(written: Checkpoint, sources: Mapping[str, TensorSource]) -> None:
     """What is on disk is what was to be written: every byte, kept experts' as they lie in the source."""
+    buffer = np.empty(PIECE_BYTES, np.uint8)
     for name, source in sources.items():
-        start, tensor = 0, written.location(name)
-        for piece in source.pieces():
-            if b"".join(tensor.pieces(start, len(piece))) != piece:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {name!r} is not what was written there, at byte {start:,} to "
-                    f"{start + len(piece):,}: the disk or the memory of this machine is at fault"
-                )
-            start += len(piece)
+        tensor = written.location(name)
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            for piece in map(_as_array, source.pieces()):
+                count = file.readinto(buffer[: len(piece)])
+                if not np.array_equal(buffer[:count], piece):
+                    raise CheckpointError(
+                        f"{tensor.file}: tensor {name!r} is not what was to be written, before byte {file.tell():,}: the "
+                        "source has changed meanwhile, or the disk or the memory of this machine is at fault"
+                    )
+
+
+def _as_array(piece: memoryview) -> np.ndarray:
+    return np.frombuffer(piece, np.uint8)
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict:
