@@ -267,13 +267,13 @@ def test_of_two_prunes_at_once_one_writes_and_the_other_is_told(checkpoint, tmp_
     verify(str(tmp_path / "out"), progress=False)
 
 
-def test_one_that_waited_while_another_finished_or_failed_is_told(tmp_path):
+def test_one_that_waited_while_another_finished_or_failed_is_told(tmp_path, monkeypatch):
     """It has opened a lock that is removed, or the folder is there by now: either way nothing is written twice."""
-    (tmp_path / "lock").touch()
-    with (tmp_path / "lock").open("w") as lock:
-        (tmp_path / "lock").unlink()
+    monkeypatch.setattr(slicing.fcntl, "flock", lambda *_: (tmp_path / "lock").unlink())
+    for path in (tmp_path / "lock", tmp_path / "gone" / "lock"):
         with pytest.raises(CheckpointError, match="written by another process"):
-            slicing._lock(lock, tmp_path / "out")
+            slicing._locked(path, tmp_path / "out")
+    monkeypatch.undo()
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists already"), slicing._alone(tmp_path / "out"):
         pass

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -90,6 +90,7 @@ def prune(
             manifest["recovered"] = dict(trained)
         write_json(folder / MANIFEST, manifest)
         _require_equal(Checkpoint(str(folder)), sliced_tensors(checkpoint, keep, new))
+        _require_new(out_dir)
         folder.rename(out_dir)
     for file, digest in manifest["sha256"].items():
         fingerprint.remember(out_dir / file, digest)
@@ -127,8 +128,7 @@ def _alone(out_dir: Path) -> Iterator[Path]:
     """
     partial = _partial(out_dir)
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        _lock(lock, out_dir)
+    with _locked(partial / "lock", out_dir):
         folder = partial / "checkpoint"
         try:
             _require_new(out_dir)
@@ -144,14 +144,14 @@ def _alone(out_dir: Path) -> Iterator[Path]:
                 partial.rmdir()
 
 
-def _lock(lock: TextIO, out_dir: Path) -> None:
-    """Raises CheckpointError where another process holds it, or has removed the file since it was opened here."""
-    try:
+def _locked(path: Path, out_dir: Path) -> TextIO:
+    """The file, locked. Raises CheckpointError where another process holds it, or has removed it meanwhile."""
+    with ExitStack() as stack, suppress(BlockingIOError, FileNotFoundError):
+        lock = stack.enter_context(path.open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-            return
-    except (BlockingIOError, FileNotFoundError):
-        pass
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+            stack.pop_all()
+            return lock
     raise CheckpointError(f"{out_dir} is being written by another process. Wait for it, or choose another out_dir.")
 
 
