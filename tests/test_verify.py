@@ -41,11 +41,12 @@ def undamaged(model_folder):
 
 @pytest.mark.parametrize("kind", faults.kinds())
 def test_every_damage_is_refused_or_changes_nothing(model_folder, undamaged, tmp_path, kind):
+    may_be = {faults.OWN} if kind == "shards" else {faults.OWN, faults.RIGHT}  # no byte of a header is free
     for name, damage in faults.kinds()[kind].items():
         folder = faults.copy(model_folder, tmp_path / "copy")
         damage(folder)
         found, error = faults.outcome(folder, undamaged)
-        expected = {faults.OTHER} if name in ANOTHER_MODEL else {faults.OWN, faults.RIGHT}
+        expected = {faults.OTHER} if name in ANOTHER_MODEL else may_be
         assert found in expected, f"{name}: {found} {error}"
         shutil.rmtree(folder)
 
