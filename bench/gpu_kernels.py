@@ -14,7 +14,7 @@ from eaftlib.engine.attention import attention_with_sinks
 from eaftlib.kernels import divergence as plain_divergence
 from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
-from eaftlib.kernels.fused import divergence
+from eaftlib.kernels.fused import divergence, expert_activation, expert_combination
 from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.kernels.fused.attention import attention
 from eaftlib.kernels.fused.mxfp4 import decode
@@ -92,7 +92,7 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     trace = measured.ExpertTrace.empty(1, tokens, 4, e, x.device)
     probe = measured.ExpertProbe(trace, 0, 0, torch.arange(tokens, device="cuda"))
 
-    fused = partial(measured.grouped, between=measured.Between.fused())
+    fused = partial(measured.grouped, between=measured.Between.of(expert_activation, expert_combination))
     grouped = measured.measured(fused)
 
     def stock(implementation):
@@ -117,24 +117,6 @@ def compare_experts(tokens: int = 16384) -> list[dict]:
     }
     experts.config = CONFIG
     return side_by_side(f"experts of one layer, {tokens:,} tokens", runs, tokens, "tokens/s", inner=3)
-
-
-@torch.inference_mode()
-def compare_products(tokens: int = 16384) -> list[dict]:
-    """The two grouped products of a layer's 32 experts, top 4, against one dense product with the same arithmetic."""
-    e, h, i = CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size
-    expert = torch.rand(tokens, e, device="cuda").topk(4).indices.flatten()
-    ends = torch.bincount(expert, minlength=e).cumsum(0).int()
-    rows = []
-    for name, columns in (("first", 2 * i), ("second", h)):
-        x, matrices = normal(4 * tokens, h), normal(e, columns, h, std=0.02).transpose(1, 2)
-        runs = {
-            "one dense product": partial(torch.mm, x, matrices[0]),
-            "grouped over experts": partial(F.grouped_mm, x, matrices, offs=ends),
-        }
-        teraflop = 2 * len(x) * h * columns / 1e12
-        rows += side_by_side(f"{name} expert product, {tokens:,} tokens", runs, teraflop, "TFLOP/s", inner=3)
-    return rows
 
 
 @torch.inference_mode()

@@ -27,7 +27,6 @@ PARTS = {  # a kernel belongs to the first part one of whose words its name hold
     "experts, between products": (
         "_activate",
         "_combine",
-        "_dispatch",
         "gather",
         "radix",
         "Radix",

@@ -26,7 +26,6 @@ COMPARISONS = {
     "statistics": lambda folder: (gpu_kernels.compare_statistics(), {}),
     "divergence": lambda folder: (gpu_kernels.compare_divergence(), {}),
     "experts": lambda folder: (gpu_kernels.compare_experts(), {}),
-    "products": lambda folder: (gpu_kernels.compare_products(), {}),
     "attention": lambda folder: (gpu_kernels.compare_attention(), {}),
     "decode": lambda folder: (gpu_kernels.compare_decode(), {}),
     "pass": lambda folder: (gpu_passes.compare_passes(full_shape(folder)), {}),
@@ -42,7 +41,7 @@ COMPARISONS = {
 }
 ON_CPU = ["evaluate"]
 ON_GPU = ["statistics", "divergence", "pass", "profile", "streamed", "recover", "recover-profile", "120b"]
-ON_GPU += ["turing", "turing-profile", "experts", "products", "attention", "decode"]
+ON_GPU += ["turing", "turing-profile", "experts", "attention", "decode"]
 ON_GPUS = [*ON_GPU, "gpus", "recover-gpus"]
 
 

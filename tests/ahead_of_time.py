@@ -15,15 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from eaftlib.kernels.fused import (
-    divergence,
-    expert_activation,
-    expert_combination,
-    expert_dispatch,
-    mxfp4,
-    rotary,
-    token_statistics,
-)
+from eaftlib.kernels.fused import divergence, expert_activation, expert_combination, mxfp4, rotary, token_statistics
 
 CAPABILITIES = (75, 80, 89, 90)
 HIDDEN, VOCAB, EXPERTS, HALF = 2880, 201_088, 32, torch.float16
@@ -43,8 +35,6 @@ def launch_all() -> None:
     mxfp4.decode(one_byte(2, 64, 90, 16), one_byte(2, 64, 90), torch.float32)
     expert_activation.activate(zeros(8, 2 * HIDDEN), zeros(EXPERTS, 2 * HIDDEN), one_byte(8), 7.0, 1.702, HALF)
     rows, ids = torch.arange(8).view(2, 4), zeros(2, 4, dtype=torch.int64)
-    for dtype in (HALF, torch.float32):
-        expert_dispatch.dispatch(zeros(2, HIDDEN, dtype=dtype), rows)
     for measure in (False, True):
         expert_combination.combine(zeros(8, HIDDEN), rows, ids, zeros(2, 4), zeros(EXPERTS, HIDDEN), measure)
     rotary.rotate(zeros(1, 2, 64, 64), zeros(1, 2, 8, 64), zeros(2, 32), zeros(2, 32))

@@ -20,6 +20,7 @@ from eaftlib.engine.variants import Variant
 from eaftlib.engine.weights import Weights
 from eaftlib.kernels import mxfp4
 from eaftlib.kernels import token_statistics as statistics
+from eaftlib.kernels.fused import expert_activation, expert_combination
 from eaftlib.kernels.fused import mxfp4 as fused_mxfp4
 from eaftlib.kernels.fused import token_statistics as fused_statistics
 from eaftlib.model.checkpoint import Checkpoint
@@ -118,7 +119,7 @@ def test_experts_at_full_shape():
     x = normal(tokens, h, seed=3)
     ids = torch.rand(tokens, e - 3, device="cuda").topk(4).indices + 1  # experts 0, 30 and 31 get no token
     gates = torch.rand(tokens, 4, device="cuda").softmax(-1).bfloat16()
-    between = experts.Between.fused()
+    between = experts.Between.of(expert_activation, expert_combination)
     found = experts.grouped(module, x, ids, gates, True, between)
     plain = experts.by_expert(module, x, ids, gates, True)
     outputs = torch.zeros(tokens, 4, h, device="cuda", dtype=torch.float64)

@@ -4,7 +4,6 @@ Compiled on a GPU, interpreted elsewhere. What a kernel reads and writes lies be
 allocates starts as NaN: reading past the end, writing past the end and leaving a value unwritten all show.
 """
 
-import itertools
 import math
 
 import pytest
@@ -16,18 +15,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 from eaftlib.kernels import divergence as plain_divergence
 from eaftlib.kernels import expert_activation as plain_activation
 from eaftlib.kernels import expert_combination as plain_combination
-from eaftlib.kernels import expert_dispatch as plain_dispatch
 from eaftlib.kernels import mxfp4 as plain_mxfp4
 from eaftlib.kernels import token_statistics as plain_statistics
-from eaftlib.kernels.fused import (
-    attention,
-    divergence,
-    expert_activation,
-    expert_combination,
-    expert_dispatch,
-    mxfp4,
-    rotary,
-)
+from eaftlib.kernels.fused import attention, divergence, expert_activation, expert_combination, mxfp4, rotary
 from eaftlib.kernels.fused import token_statistics as statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -347,23 +337,6 @@ def test_gradient_of_the_activation(size, scale, dtype):
     assert torch.equal(default, found)
 
 
-# --- expert dispatch ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("top_k", [1, 3, 4])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_row_is_its_tokens(size, top_k, dtype):
-    hidden = normal(6, size).to(dtype)
-    order = torch.randperm(6 * top_k, generator=torch.Generator().manual_seed(size)).view(6, top_k)
-    expected = torch.zeros(6 * top_k, size, dtype=dtype)
-    for t, k in itertools.product(range(6), range(top_k)):
-        expected[order[t, k]] = hidden[t]
-    assert torch.equal(plain_dispatch.dispatch(hidden, order), expected)
-    assert torch.equal(run(expert_dispatch.dispatch, *on(hidden, order), block=BLOCK), expected)
-    assert torch.equal(run(expert_dispatch.dispatch, *on(hidden, order)), expected)
-
-
 # --- expert combination -------------------------------------------------------------------------------------------
 
 
@@ -662,7 +635,6 @@ def test_no_kernel_takes_a_layout_for_granted():
         (lambda *x: divergence.divergence(*x, lanes=64), (logits, other)),
         (lambda *x: expert_activation.activate(*x, 7.0, 1.702), (gate_up, bias, expert)),
         (lambda *x: expert_combination.combine(*x, True), (gate_up, order, ids, gates, bias)),
-        (expert_dispatch.dispatch, (gate_up[:3], order)),
         (rotary.rotate, (query, key, cos, normal(5, 8, seed=3))),
     ]
     for kernel, tensors in calls:

@@ -94,9 +94,9 @@ def _half(on_gpu: bool) -> Backend:
         return replace(
             plain, experts=experts.HALVES, modules=plain.modules | {GptOssAttention: attention.HalfAttention.of}
         )
-    from ..kernels.fused import divergence, mxfp4, rotary, token_statistics
+    from ..kernels.fused import divergence, expert_activation, expert_combination, mxfp4, rotary, token_statistics
 
-    by = partial(experts.halves, between=experts.Between.fused())
+    by = partial(experts.halves, between=experts.Between.of(expert_activation, expert_combination))
     ExpertsInterface.register(f"{experts.HALVES}_turing", experts.measured(by))
     attend = partial(attention.HalfAttention.of, rotate=rotary.rotate)
     return Backend(
@@ -110,7 +110,7 @@ def _half(on_gpu: bool) -> Backend:
 
 
 def _fused(placement: Placement, config: PreTrainedConfig, training: bool) -> Backend:
-    from ..kernels.fused import divergence, mxfp4, token_statistics
+    from ..kernels.fused import divergence, expert_activation, expert_combination, mxfp4, token_statistics
 
     plain, products = Backend(), placement.precision.products
     modules, by = dict(plain.modules), plain.experts
@@ -118,7 +118,8 @@ def _fused(placement: Placement, config: PreTrainedConfig, training: bool) -> Ba
         modules[GptOssAttention] = attention.FusedAttention.of
     if products == torch.bfloat16:
         by = experts.GROUPED
-        ExpertsInterface.register(by, experts.measured(partial(experts.grouped, between=experts.Between.fused())))
+        between = experts.Between.of(expert_activation, expert_combination)
+        ExpertsInterface.register(by, experts.measured(partial(experts.grouped, between=between)))
     return Backend(
         name="fused",
         training=training,

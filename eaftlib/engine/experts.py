@@ -8,12 +8,13 @@ projections together, which keeps them in a CPU's cache, and has gradients.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface
 
-from ..kernels import expert_activation, expert_combination, expert_dispatch
+from ..kernels import expert_activation, expert_combination
 from .half import HALF, multiply
 
 BY_EXPERT, GROUPED, HALVES = "measured_by_expert", "measured_grouped", "measured_halves"
@@ -86,22 +87,17 @@ def measured(compute: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Between:
-    """What stands around the products of ``grouped``, and what leads back through it; functions of ``kernels``."""
+    """What stands between the products of ``grouped``, and what leads back through it; functions of ``kernels``."""
 
-    dispatch: Callable = expert_dispatch.dispatch
     activate: Callable = expert_activation.activate
     activate_backward: Callable = expert_activation.activate_backward
     combine: Callable = expert_combination.combine
     combine_backward: Callable = expert_combination.combine_backward
 
     @classmethod
-    def fused(cls) -> "Between":
-        """In Triton, for a GPU."""
-        from ..kernels.fused import expert_activation, expert_combination, expert_dispatch
-
-        activation = expert_activation.activate, expert_activation.activate_backward
-        combination = expert_combination.combine, expert_combination.combine_backward
-        return cls(expert_dispatch.dispatch, *activation, *combination)
+    def of(cls, activation: ModuleType, combination: ModuleType) -> "Between":
+        """From the modules ``expert_activation`` and ``expert_combination``, plain or fused."""
+        return cls(activation.activate, activation.activate_backward, combination.combine, combination.combine_backward)
 
 
 def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Between()):
@@ -116,9 +112,7 @@ def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Be
         settings = self.limit, self.alpha, between
         biases = self.gate_up_proj_bias, self.down_proj_bias
         return _Grouped.apply(hidden_states, top_k_weights, *biases, *matrices, routing, settings), None, None
-    rows = between.dispatch(hidden_states, routing.row_of_pair)
-    gate_up = F.grouped_mm(rows, matrices[0], offs=routing.ends)
-    del rows
+    gate_up = F.grouped_mm(hidden_states[routing.token_of_row], matrices[0], offs=routing.ends)
     activated = between.activate(gate_up, self.gate_up_proj_bias, routing.expert, self.limit, self.alpha)
     del gate_up
     outputs = F.grouped_mm(activated, matrices[1], offs=routing.ends)
@@ -127,10 +121,11 @@ def grouped(self, hidden_states, top_k_index, top_k_weights, measure, between=Be
 
 @dataclass(frozen=True)
 class _Routing:
-    """Pairs of token and expert as rows, in the order of experts: each row's expert, each pair's row, where experts end [E]."""
+    """Pairs of token and expert as rows, in the order of experts: each row's expert and token, where experts end [E]."""
 
     ids: torch.Tensor
     expert: torch.Tensor
+    token_of_row: torch.Tensor
     row_of_pair: torch.Tensor
     ends: torch.Tensor
 
@@ -143,7 +138,7 @@ class _Routing:
         ends = torch.searchsorted(expert, each, right=True, out_int32=True)
         row_of_pair = torch.empty_like(order)
         row_of_pair[order] = torch.arange(len(order), device=order.device)
-        return cls(ids, expert, row_of_pair.view(tokens, top_k), ends)
+        return cls(ids, expert, order // top_k, row_of_pair.view(tokens, top_k), ends)
 
 
 class _Grouped(torch.autograd.Function):
@@ -152,8 +147,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, gates, up_bias, down_bias, gate_up_proj, down_proj, routing, settings):
         limit, alpha, between = settings
-        rows = between.dispatch(hidden, routing.row_of_pair)
-        gate_up = F.grouped_mm(rows, gate_up_proj, offs=routing.ends)
+        gate_up = F.grouped_mm(hidden[routing.token_of_row], gate_up_proj, offs=routing.ends)
         activated = between.activate(gate_up, up_bias, routing.expert, limit, alpha)
         outputs = F.grouped_mm(activated, down_proj, offs=routing.ends)
         ctx.save_for_backward(gate_up, outputs, gates, up_bias, down_bias, gate_up_proj, down_proj)
@@ -204,8 +198,8 @@ def halves(self, hidden_states, top_k_index, top_k_weights, measure, between=Bet
     """
     routing = _Routing.of(top_k_index, self.num_experts)
     ends = routing.ends.tolist()
-    x = self.narrowing.narrow("hidden states entering the experts", hidden_states)
-    gate_up = _by_rows(between.dispatch(x, routing.row_of_pair), self.gate_up_proj, ends)
+    x = self.narrowing.narrow("hidden states entering the experts", hidden_states)[routing.token_of_row]
+    gate_up = _by_rows(x, self.gate_up_proj, ends)
     activated = between.activate(gate_up, self.gate_up_proj_bias, routing.expert, self.limit, self.alpha, HALF)
     del gate_up
     outputs = _by_rows(activated, self.down_proj, ends)
