@@ -243,12 +243,18 @@ def test_what_a_killed_prune_left_is_gone_after_the_next(checkpoint, tmp_path):
     verify(str(tmp_path / "out"), progress=False)
 
 
-def test_what_a_killed_prune_left_counts_as_space(checkpoint, tmp_path, monkeypatch):
+def test_what_a_killed_prune_left_is_gone_before_the_space_is_counted(checkpoint, tmp_path, monkeypatch):
     size = slicing.checkpoint_sizes(checkpoint, 4).total
     left = tmp_path / ".out.partial" / "checkpoint"
     left.mkdir(parents=True)
     (left / "x").write_bytes(bytes(size))
-    monkeypatch.setattr(slicing.shutil, "disk_usage", lambda path: SimpleNamespace(free=size * 0.03))
+
+    def usage(path):
+        return SimpleNamespace(
+            free=1.5 * size - sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+        )
+
+    monkeypatch.setattr(slicing.shutil, "disk_usage", usage)
     slicing.prune(checkpoint, random_keep(), tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -83,8 +83,8 @@ def prune(
     out_dir = Path(out_dir)
     sizes = checkpoint_sizes(checkpoint, keep.keep_n)
     _require_new(out_dir)
-    _require_space(out_dir, sizes.total)
     with _alone(out_dir) as folder:
+        _require_space(out_dir, sizes.total)
         manifest = _write(checkpoint, keep, new, folder, sizes, progress)
         if (trained := recovered or read_manifest(checkpoint).get("recovered")) is not None:
             manifest["recovered"] = dict(trained)
@@ -105,9 +105,7 @@ def _require_new(out_dir: Path) -> None:
 
 
 def _require_space(out_dir: Path, wanted: int) -> None:
-    """On the disk, with what a killed process has left there and will be removed."""
-    free = shutil.disk_usage(next(p for p in out_dir.absolute().parents if p.exists())).free
-    free += sum(file.stat().st_size for file in _partial(out_dir).rglob("*"))
+    free = shutil.disk_usage(out_dir.parent).free
     if free < wanted * 1.02:
         raise CheckpointError(
             f"{out_dir.parent} has {free / 1e9:.2f} GB free; the pruned checkpoint takes {wanted / 1e9:.2f} GB. "
@@ -127,6 +125,7 @@ def _alone(out_dir: Path) -> Iterator[Path]:
     The lock is on a file beside the checkpoint in ``_partial``: it ends with the process that holds it, however that ends.
     """
     partial = _partial(out_dir)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial / "lock", out_dir):
         folder = partial / "checkpoint"
@@ -140,8 +139,9 @@ def _alone(out_dir: Path) -> Iterator[Path]:
             if folder.exists():
                 shutil.rmtree(folder)
             (partial / "lock").unlink()
-            with suppress(OSError):  # another process may begin here at this moment
-                partial.rmdir()
+            for empty in (partial, *made):
+                with suppress(OSError):  # it is not: the result is there, or another process begins at this moment
+                    empty.rmdir()
 
 
 def _locked(path: Path, out_dir: Path) -> TextIO:
