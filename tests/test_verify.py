@@ -51,6 +51,17 @@ def test_every_damage_is_refused_or_changes_nothing(model_folder, undamaged, tmp
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("beyond", [False, True])
+def test_the_last_row_of_the_embedding_is_the_largest_id(copy, beyond):
+    largest = world.VOCAB - 1 + beyond
+    faults.edit(copy / "tokenizer.json", lambda content: content["model"]["vocab"].update(zzz=largest))
+    if beyond:
+        with pytest.raises(CheckpointError, match=r"token 'zzz' has id 512, config\.json has vocab_size 512"):
+            _ = Checkpoint(str(copy)).tokenizer
+    else:
+        assert Checkpoint(str(copy)).tokenizer.convert_tokens_to_ids("zzz") == largest
+
+
 @settings(max_examples=25)
 @given(st.data())
 def test_no_byte_of_a_header_can_be_changed_unseen(model_folder, undamaged, tmp_path_factory, data):
@@ -263,6 +274,7 @@ def test_of_two_prunes_at_once_one_writes_and_the_other_is_told(checkpoint, tmp_
     write, told = slicing._write, []
 
     def meanwhile(*args):
+        monkeypatch.setattr(slicing, "_write", write)
         with pytest.raises(CheckpointError, match=r"out is being written by another process") as error:
             slicing.prune(checkpoint, random_keep(seed=1), tmp_path / "out", progress=False)
         told.append(error)
