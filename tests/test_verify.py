@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import world
 from faults import checkpoint as faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
