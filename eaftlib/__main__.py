@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("notebook", choices=NOTEBOOKS)
     check.add_argument("params", type=Path, help="one file of params/")
     check.set_defaults(run=_check)
+    verify = commands.add_parser("verify", help="read a whole checkpoint and name whatever is wrong with it")
+    verify.add_argument("model", help="its folder, or owner/name on the hub")
+    verify.set_defaults(run=_verify)
     _add_results(commands)
     _add_hub(commands)
     _add_snapshot(commands)
@@ -187,6 +190,13 @@ def _snapshot(options) -> int:
 
 def _check(options) -> int:
     check_file(options.notebook, options.params)
+    return 0
+
+
+def _verify(options) -> int:
+    from .pruning.verify import verify
+
+    print(verify(options.model))
     return 0
 
 

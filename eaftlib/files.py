@@ -34,17 +34,24 @@ def parse_json(path: Path, error: type[EaftError], advice: str) -> object:
     """Whatever a JSON file holds. NaN, a name given twice, and text that UTF-8 cannot hold are errors too."""
     require_file(path, error, advice)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_name_once)
-        if "\\u" in text:  # the only way to a lone half of a surrogate pair
-            json.dumps(content, ensure_ascii=False).encode()
-        return content
+        content = path.read_bytes()
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause}); {advice}") from cause
+    return parse_json_text(content, f"{path}", error, advice)
+
+
+def parse_json_text(content: bytes, where: str, error: type[EaftError], advice: str) -> object:
+    """As ``parse_json``, of bytes; ``where`` they are from begins the message of the error."""
+    try:
+        text = content.decode()
+        parsed = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_name_once)
+        if "\\u" in text:  # the only way to a lone half of a surrogate pair
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
     except RecursionError:
-        raise error(f"{path} is nested too deeply to be read; {advice}") from None
+        raise error(f"{where} is nested too deeply to be read; {advice}") from None
     except ValueError as cause:  # no JSON, no UTF-8, an integer of more digits than Python converts
-        raise error(f"{path} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
+        raise error(f"{where} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
 
 
 def read_typed(path: Path, shape: type[Shape], error: type[EaftError], advice: str) -> Shape:

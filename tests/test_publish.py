@@ -327,8 +327,10 @@ def test_a_checkpoint_is_fetched_by_name_and_is_the_same_model(hub, python, mode
 
 def test_a_download_that_broke_off_goes_on_where_it_stopped(hub, python, tmp_path):
     """The client keeps what it has in pieces of 10 MiB: the file must be longer."""
-    long = {"unused": torch.arange(3 << 20, dtype=torch.int32)} | world.state_dict()
-    folder = world.write_checkpoint(tmp_path / "model", long)
+    rows = 100_000
+    large = torch.arange(rows * world.HIDDEN).view(rows, world.HIDDEN).bfloat16()
+    long = world.state_dict() | {"model.embed_tokens.weight": large, "lm_head.weight": large.clone()}
+    folder = world.write_checkpoint(tmp_path / "model", long, vocab_size=rows)
     hub.add("model", "tester/long", {f.name: f.read_bytes() for f in folder.iterdir()})
     shard = (folder / "model-00000-of-00003.safetensors").read_bytes()
     content = f"GET /content/{hashlib.sha256(shard).hexdigest()}"

@@ -194,7 +194,7 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path, keep):
     folder = world.write_checkpoint(tmp_path / "m")
     opened = Checkpoint(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         prune(opened, keep, tmp_path / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..model import values
 from ..model.checkpoint import Checkpoint
 from . import backend, half
 from .attention import HalfAttention
@@ -111,11 +112,11 @@ class Weights:
         narrowing.guard(layer)
 
     def _fetch(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.tensor(name)
-        if self.device.type == "cpu":
-            return tensor
+        on_gpu = self.device.type != "cpu"
         # From pinned memory a GPU fetches by itself, at full speed and while it computes.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        tensor = self.checkpoint.tensor(name, pinned=on_gpu)
+        values.require_finite(name, tensor)  # a gate or up bias that is infinite would be clamped to a number
+        return tensor.to(self.device, non_blocking=on_gpu)
 
     def _read_ahead(self, order: Sequence[int]) -> Iterator[nn.Module]:
         """While one layer computes, a thread reads the next one and decodes it on a stream of its own."""
@@ -153,8 +154,8 @@ def _operands(layer: nn.Module) -> set[str]:
 
 def decoded_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Bytes of all layers once MXFP4 is decoded to ``dtype``."""
-    values = 0
+    numbers = 0
     for name in checkpoint.names:
         if ".layers." in name and not name.endswith("_scales"):
-            values += int(np.prod(checkpoint.shape(name))) * (2 if name.endswith("_blocks") else 1)
-    return values * dtype.itemsize
+            numbers += int(np.prod(checkpoint.shape(name))) * (2 if name.endswith("_blocks") else 1)
+    return numbers * dtype.itemsize

@@ -1,49 +1,38 @@
 """A checkpoint on disk: found, verified before use, and read one tensor at a time."""
 
-import json
+import os
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import CheckpointError
 from ..files import read_json, sha256
-from . import fingerprint
-from .families import FAMILIES, Family
+from . import fingerprint, mxfp4, tokenizers, values
+from .settings import read_config
+from .shards import ADVICE, DTYPES, StoredTensor, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a safetensors file: its dtype as the format spells it, and its bytes from ``offset`` on, row-major."""
-
-    file: Path
-    dtype: str
-    shape: list[int]
-    offset: int
-    nbytes: int
+FLOATING = tuple(name for name, dtype in DTYPES.items() if dtype in values.FLOATING)
 
 
 class Checkpoint:
-    """An opened checkpoint. Opening reads and checks headers only; tensors are memory-mapped when they are asked for."""
+    """An opened checkpoint. Opening reads and checks headers only; tensors are read when they are asked for."""
 
     def __init__(self, model: str):
         """model: a local folder (a Kaggle mount, say) or the id of a model on the Hugging Face hub.
 
-        Raises CheckpointError when a file or tensor is missing, truncated, of a wrong shape, or of no known family.
+        Raises CheckpointError when a file or tensor is missing, too much, truncated, of a wrong shape or type, or of no known
+        family.
         """
         self.model_id = model
         self.folder = _find_folder(model)
-        self.family, self.config = _read_config(self.folder)
-        self._shard_of = _read_index(self.folder)
-        self._headers: dict[str, dict[str, StoredTensor]] = {}
-        self._shards = {file: _open_shard(self.folder / file) for file in sorted(set(self._shard_of.values()))}
+        self.family, self.config = read_config(self.folder)
+        self._shard_of, self.shards = _read_index(self.folder)
+        self._tensors = {name: self.shards[file][name] for name, file in self._shard_of.items()}
         self._verify()
 
     def __reduce__(self):
@@ -74,79 +63,90 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        self._require_tokenizer_file()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{self.folder}: scoring needs a fast tokenizer (for offsets) with an EOS token")
-        return tokenizer
+        """Raises CheckpointError unless every token that it can give has a row in the model's embedding."""
+        return tokenizers.read(self.folder, self.config.vocab_size)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        return sha256(self._require_tokenizer_file())
+        return sha256(tokenizers.require_file(self.folder))
 
     @cached_property
     def sha256(self) -> str:
         """Identifies the model but for its tokenizer: every byte of its weights, and its configuration."""
         return fingerprint.model_sha256(self.folder, self._shard_of)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The stored tensor, memory-mapped on the CPU."""
-        return self._shards[self._shard_of[name]].get_tensor(name)
+    def tensor(self, name: str, pinned: bool = False) -> torch.Tensor:
+        """The stored tensor, read into memory of the CPU; ``pinned``: such that a GPU can fetch it by itself."""
+        return self._tensors[name].read(pinned)
 
-    def location(self, name: str) -> "StoredTensor":
+    def location(self, name: str) -> StoredTensor:
         """Where the tensor's bytes lie on disk, for copying them without decoding."""
-        file = self._shard_of[name]
-        if file not in self._headers:
-            self._headers[file] = _read_header(self.folder / file)
-        return self._headers[file][name]
+        return self._tensors[name]
 
     def shape(self, name: str) -> list[int]:
-        return self._slice(name).get_shape()
-
-    def _require_tokenizer_file(self) -> Path:
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{self.folder} has no tokenizer.json; copy the model's tokenizer files there")
-        return file
-
-    def _slice(self, name: str):
-        return self._shards[self._shard_of[name]].get_slice(name)
+        return self._tensors[name].shape
 
     def _verify(self) -> None:
-        """Every tensor of the architecture is there, with the shape that the configuration implies."""
-        stored = {file: set(shard.keys()) for file, shard in self._shards.items()}
-        for name, file in self._shard_of.items():
-            if name not in stored[file]:
-                raise CheckpointError(
-                    f"{self.folder}: {INDEX_FILE} places {name!r} in {file}, which does not hold it. "
-                    "Fetch the checkpoint again."
-                )
-        for name, expected in self.family.shapes(self.config, self._shard_of).items():
-            if name not in self._shard_of:
+        """The tensors of the architecture are there, and no others, each of the shape and type that it must have."""
+        expected = self.family.shapes(self.config, self._shard_of)
+        for name, shape in expected.items():
+            if name not in self._tensors:
                 raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the index. Fetch it again.")
-            found = self.shape(name)
-            if found != expected:
+            self._require(name, shape)
+        if foreign := [name for name in self._tensors if name not in expected]:
+            raise CheckpointError(
+                f"{self.folder}: {self._foreign(foreign)}. Weights and configuration do not belong together."
+            )
+        self._require_one_type()
+
+    def _require(self, name: str, shape: list[int]) -> None:
+        found = self._tensors[name]
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} has shape {found.shape}, expected {shape} from config.json "
+                f"({self.family.experts_key} {self.num_experts}). Weights and configuration do not belong together."
+            )
+        allowed = ("U8",) if mxfp4.is_part(name) else FLOATING
+        if found.dtype not in allowed:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} is stored as {found.dtype}, expected {' or '.join(allowed)}; {ADVICE}"
+            )
+
+    def _foreign(self, names: list[str]) -> str:
+        """What there is to say of tensors that the architecture does not have."""
+        first, more = names[0], f" ({len(names) - 1} more such tensors)" if names[1:] else ""
+        if first == self.family.lm_head:
+            return f"{first!r} is stored, but config.json has tie_word_embeddings true: one of the two would be ignored"
+        beyond = first.startswith(self.family.prefix(self.num_layers))
+        why = f"num_hidden_layers is {self.num_layers}" if beyond else "the architecture has no such tensor"
+        return f"tensor {first!r} is stored, but {why}{more}"
+
+    def _require_one_type(self) -> None:
+        """One type of 16 bits in all of a checkpoint, the one that config.json states; float32 may stand beside it.
+
+        bfloat16 and float16 can be read as each other without an error, and no one stores both: a tensor that differs from the
+        rest has a header that lies. Routers and norms in float32 beside bfloat16 are usual.
+        """
+        first: dict[str, str] = {}
+        for name, tensor in self._tensors.items():
+            if tensor.dtype in ("BF16", "F16"):
+                first.setdefault(tensor.dtype, name)
+        if len(first) == 2:
+            raise CheckpointError(
+                f"{self.folder}: {first['BF16']!r} is stored as BF16, {first['F16']!r} as F16; expected one of the two in all "
+                f"of a checkpoint; {ADVICE}"
+            )
+        stated = self.config.dtype
+        for dtype, name in first.items():
+            if stated in (torch.bfloat16, torch.float16) and DTYPES[dtype] != stated:
                 raise CheckpointError(
-                    f"{self.folder}: tensor {name!r} has shape {found}, expected {expected} from config.json "
-                    f"({self.family.experts_key} {self.num_experts}). Weights and configuration do not belong together."
+                    f"{self.folder}: tensor {name!r} is stored as {dtype}, config.json states "
+                    f"{str(stated).removeprefix('torch.')}; {ADVICE}, or correct dtype there if the weights are right"
                 )
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """A safetensors file begins with the header's length (8 bytes, little-endian) and a JSON header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(path, entry["dtype"], entry["shape"], 8 + length + start, end - start)
-        for name, entry in header.items()
-        for start, end in [entry["data_offsets"]]
-    }
 
 
 def _find_folder(model: str) -> Path:
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"model: {model!r} is neither a folder nor an 'owner/name' of the Hugging Face hub")
@@ -165,39 +165,32 @@ def _find_folder(model: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> tuple[Family, PreTrainedConfig]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    settings = read_json(file, CheckpointError, "fetch the checkpoint again")
-    family = FAMILIES.get(settings.get("model_type"))
-    if family is None:
-        known = (f"{kind!r} ({of})" for family in FAMILIES.values() for kind, of in family.model_types.items())
-        raise CheckpointError(f"{folder}: model_type is {settings.get('model_type')!r}; supported: {'; '.join(known)}")
-    return family, family.config_class.from_dict(settings)
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard file."""
+def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, dict[str, StoredTensor]]]:
+    """Tensor name -> shard file; shard file -> what its header holds."""
     index = folder / INDEX_FILE
-    if index.is_file():
-        shard_of = read_json(index, CheckpointError, "fetch the checkpoint again").get("weight_map")
-        if not isinstance(shard_of, dict):
-            raise CheckpointError(f"{index} has no weight_map; fetch the checkpoint again")
-        for file in sorted(set(shard_of.values())):
-            if not (folder / file).is_file():
-                missing = sum(f == file for f in shard_of.values())
-                raise CheckpointError(f"{folder}: shard {file} is missing ({missing} tensors). Fetch it again.")
-        return shard_of
-    if (folder / SINGLE_FILE).is_file():
-        return dict.fromkeys(_open_shard(folder / SINGLE_FILE).keys(), SINGLE_FILE)
-    raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}: there are no weights to read")
+    if not index.exists():
+        if not (folder / SINGLE_FILE).exists():
+            raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}: there are no weights to read")
+        header = read_header(folder / SINGLE_FILE)
+        return dict.fromkeys(header, SINGLE_FILE), {SINGLE_FILE: header}
+    shard_of = read_json(index, CheckpointError, ADVICE).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise CheckpointError(f"{index} has no weight_map; {ADVICE}")
+    for name, file in shard_of.items():
+        _require_shard(index, name, file, shard_of)
+    shards = {file: read_header(folder / file) for file in sorted(set(shard_of.values()))}
+    for name, file in shard_of.items():
+        if name not in shards[file]:
+            raise CheckpointError(
+                f"{folder}: {INDEX_FILE} places {name!r} in {file}, which does not hold it. Fetch the checkpoint again."
+            )
+    return shard_of, shards
 
 
-def _open_shard(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. Fetch it again."
-        ) from error
+def _require_shard(index: Path, name: str, file: object, shard_of: dict) -> None:
+    """What the index gives for a tensor is a file beside it: a path would lead out of the checkpoint."""
+    if not isinstance(file, str) or file in ("", ".", "..") or file != os.path.basename(file) or "\0" in file:
+        raise CheckpointError(f"{index} places {name!r} in {file!r}, expected the name of a file beside it; {ADVICE}")
+    if not os.path.isfile(index.parent / file):
+        missing = sum(f == file for f in shard_of.values())
+        raise CheckpointError(f"{index.parent}: shard {file} is missing ({missing} tensors). Fetch it again.")

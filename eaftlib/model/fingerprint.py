@@ -57,7 +57,7 @@ def model_sha256(folder: Path, shard_of: Mapping[str, str]) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, which are read only where it is not known. Raises CheckpointError if they change."""
-    return _named_by_hub(path) or _remembered(path) or _computed(path)
+    return named_by_hub(path) or _remembered(path) or _computed(path)
 
 
 def remember(path: Path, digest: str) -> None:
@@ -78,7 +78,7 @@ def _computed(path: Path) -> str:
     return digest
 
 
-def _named_by_hub(path: Path) -> str | None:
+def named_by_hub(path: Path) -> str | None:
     """The SHA-256 that the hub gives for a file of its cache, unless the file was written to after it was fetched.
 
     A snapshot's file is a link to ``blobs/<etag>``, and the etag of a file in large-file storage is the SHA-256 of its

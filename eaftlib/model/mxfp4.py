@@ -12,7 +12,18 @@ from ..errors import CheckpointError
 from ..kernels.mxfp4 import E2M1, SCALE_BIAS
 
 GROUP = 32
+LARGEST_SCALE = 252  # 6 x 2^125; what the next one may stand for exceeds float32 and bfloat16, and 255 is NaN
 _E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor of this name holds blocks or scales, and no numbers of its own."""
+    return name.endswith(("_blocks", "_scales"))
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor of this name holds scales."""
+    return name.endswith("_scales")
 
 
 def require_fit(blocks: torch.Tensor, scales: torch.Tensor) -> None:

@@ -8,23 +8,22 @@ from typing import BinaryIO, Protocol
 
 import torch
 
-from ..errors import CheckpointError
 from ..files import write_json
-from .checkpoint import INDEX_FILE, StoredTensor
+from .checkpoint import INDEX_FILE
+from .shards import DTYPES, PIECE_BYTES, StoredTensor
 
 SHARD_BYTES = 4 << 30  # as large as the published checkpoint's
-COPY_BYTES = 8 << 20  # all that is held in memory of a tensor that is copied
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorSource(Protocol):
-    """A tensor to be written: its dtype as the safetensors format spells it, and its bytes piece by piece, row-major."""
+    """A tensor to be written: its dtype as the safetensors format spells it; its bytes, row-major, PIECE_BYTES at a time."""
 
     dtype: str
     shape: list[int]
     nbytes: int
 
-    def pieces(self) -> Iterator[bytes | memoryview]: ...
+    def pieces(self) -> Iterator[memoryview]: ...
 
 
 class Stored:
@@ -34,20 +33,11 @@ class Stored:
         self._tensor, self.dtype = tensor, tensor.dtype
         self.shape = tensor.shape if rows is None else [len(rows), *tensor.shape[1:]]
         size = tensor.nbytes if rows is None else tensor.nbytes // tensor.shape[0]
-        self._runs = [(tensor.offset + row * size, size) for row in ([0] if rows is None else rows)]
+        self._runs = [(row * size, size) for row in ([0] if rows is None else rows)]
         self.nbytes = size * len(self._runs)
 
     def pieces(self) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(COPY_BYTES, max(size for _, size in self._runs))))
-        with self._tensor.file.open("rb", buffering=0) as source:
-            for offset, remaining in self._runs:
-                source.seek(offset)
-                while remaining:
-                    count = source.readinto(buffer[: min(remaining, COPY_BYTES)])
-                    if not count:
-                        raise CheckpointError(f"{self._tensor.file} ended inside a tensor; fetch the checkpoint again")
-                    yield buffer[:count]
-                    remaining -= count
+        return self._tensor.pieces(self._runs)
 
 
 class New:
@@ -57,8 +47,9 @@ class New:
         self._values = tensor.detach().cpu().contiguous()
         self.dtype, self.shape, self.nbytes = _SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape), tensor.nbytes
 
-    def pieces(self) -> Iterator[bytes]:
-        yield self._values.view(torch.uint8).numpy().tobytes()
+    def pieces(self) -> Iterator[memoryview]:
+        values = memoryview(self._values.view(-1).view(torch.uint8).numpy())
+        return (values[start : start + PIECE_BYTES] for start in range(0, self.nbytes, PIECE_BYTES))
 
 
 @dataclass(frozen=True)

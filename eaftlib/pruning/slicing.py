@@ -1,21 +1,25 @@
 """Structural pruning: a checkpoint without the removed experts, cut in the stored format and written as a stream."""
 
-import json
+import fcntl
 import math
+import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from ..files import read_json, sha256, write_json
+from ..files import read_json, sha256, typed, write_json
 from ..model import fingerprint
 from ..model.checkpoint import INDEX_FILE, Checkpoint
+from ..model.settings import CONFIG_FILE
+from ..model.shards import PIECE_BYTES
 from ..model.writer import New, Progress, Stored, TensorSource, write_shards
 from ..progress import progress_bar
 from .keepsets import KeepSet
@@ -23,7 +27,7 @@ from .keepsets import KeepSet
 MANIFEST = "prune_manifest.json"
 MAPPING = "expert_mapping.json"
 MANIFEST_SCHEMA = "eaft-prune/1"
-_NOT_COPIED = {"config.json", INDEX_FILE, "README.md", MANIFEST, MAPPING}  # a card describes the model it came with
+_NOT_COPIED = {CONFIG_FILE, INDEX_FILE, "README.md", MANIFEST, MAPPING}  # a card describes the model it came with
 
 
 @dataclass(frozen=True)
@@ -72,42 +76,115 @@ def prune(
     new: values of some of its tensors, of the whole shape, in place of the stored ones; the manifest says in
     ``recovered`` where they are from, and repeats it where a recovered checkpoint is pruned further.
 
-    Everything goes to a temporary folder beside it that is renamed at the end. Raises CheckpointError when out_dir
-    exists or the disk lacks the space; nothing is left behind then.
+    Everything goes to a folder beside it, ``_partial``, that is renamed at the end, after the result was opened and compared
+    with what it was made from. Raises CheckpointError when out_dir exists, another process is writing it, or the disk lacks
+    the space; nothing is left behind then. What a killed process left is removed.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists():
+    sizes = checkpoint_sizes(checkpoint, keep.keep_n)
+    _require_new(out_dir)
+    with _alone(out_dir) as folder:
+        _require_space(out_dir, sizes.total)
+        manifest = _write(checkpoint, keep, new, folder, sizes, progress)
+        if (trained := recovered or read_manifest(checkpoint).get("recovered")) is not None:
+            manifest["recovered"] = dict(trained)
+        write_json(folder / MANIFEST, manifest)
+        _require_equal(Checkpoint(str(folder)), sliced_tensors(checkpoint, keep, new))
+        _require_new(out_dir)
+        folder.rename(out_dir)
+    for file, digest in manifest["sha256"].items():
+        fingerprint.remember(out_dir / file, digest)
+    return manifest
+
+
+def _require_new(out_dir: Path) -> None:
+    if os.path.lexists(out_dir):
         raise CheckpointError(
             f"{out_dir} exists already; pruning never overwrites. Choose another out_dir or remove it."
         )
-    sizes = checkpoint_sizes(checkpoint, keep.keep_n)
-    free = shutil.disk_usage(next(p for p in out_dir.absolute().parents if p.exists())).free
-    if free < sizes.total * 1.02:
+
+
+def _require_space(out_dir: Path, wanted: int) -> None:
+    free = shutil.disk_usage(out_dir.parent).free
+    if free < wanted * 1.02:
         raise CheckpointError(
-            f"{out_dir.parent} has {free / 1e9:.2f} GB free; the pruned checkpoint takes {sizes.total / 1e9:.2f} GB. "
+            f"{out_dir.parent} has {free / 1e9:.2f} GB free; the pruned checkpoint takes {wanted / 1e9:.2f} GB. "
             "Free some space or choose another out_dir."
         )
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
-        manifest = _write(checkpoint, keep, new, temporary, sizes, progress)
-        if (trained := recovered or read_manifest(checkpoint).get("recovered")) is not None:
-            manifest["recovered"] = dict(trained)
-        write_json(temporary / MANIFEST, manifest)
-        temporary.chmod(0o755)
-        temporary.rename(out_dir)
-        for file, digest in manifest["sha256"].items():
-            fingerprint.remember(out_dir / file, digest)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    return manifest
+
+
+def _partial(out_dir: Path) -> Path:
+    """Where a checkpoint lies while it is being written, always the same: so that a later run finds what a killed one left."""
+    return out_dir.with_name(f".{out_dir.name}.partial")
+
+
+@contextmanager
+def _alone(out_dir: Path) -> Iterator[Path]:
+    """An empty folder for what will be ``out_dir``, which no other process writes to; gone afterwards, unless renamed.
+
+    The lock is on a file beside the checkpoint in ``_partial``: it ends with the process that holds it, however that ends.
+    """
+    partial = _partial(out_dir)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial / "lock", out_dir):
+        folder = partial / "checkpoint"
+        try:
+            _require_new(out_dir)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder)
+            (partial / "lock").unlink()
+            for empty in (partial, *made):
+                with suppress(OSError):  # it is not: the result is there, or another process begins at this moment
+                    empty.rmdir()
+
+
+def _locked(path: Path, out_dir: Path) -> TextIO:
+    """The file, locked. Raises CheckpointError where another process holds it, or has removed it meanwhile."""
+    with ExitStack() as stack, suppress(BlockingIOError, FileNotFoundError):
+        lock = stack.enter_context(path.open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+            stack.pop_all()
+            return lock
+    raise CheckpointError(f"{out_dir} is being written by another process. Wait for it, or choose another out_dir.")
+
+
+def _require_equal(written: Checkpoint, sources: Mapping[str, TensorSource]) -> None:
+    """What is on disk is what was to be written: every byte, kept experts' as they lie in the source."""
+    buffer = np.empty(PIECE_BYTES, np.uint8)
+    for name, source in sources.items():
+        tensor = written.location(name)
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            for piece in map(_as_array, source.pieces()):
+                count = file.readinto(buffer[: len(piece)])
+                if not np.array_equal(buffer[:count], piece):
+                    raise CheckpointError(
+                        f"{tensor.file}: tensor {name!r} is not what was to be written, before byte {file.tell():,}: the "
+                        "source has changed meanwhile, or the disk or the memory of this machine is at fault"
+                    )
+
+
+def _as_array(piece: memoryview) -> np.ndarray:
+    return np.frombuffer(piece, np.uint8)
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict:
     """What pruning left in a checkpoint: how its experts were chosen and, if it was trained since, how; else empty."""
-    manifest = checkpoint.folder / MANIFEST
-    return read_json(manifest, CheckpointError, "prune again") if manifest.is_file() else {}
+    file = checkpoint.folder / MANIFEST
+    if not file.exists():
+        return {}
+    from .manifest import Manifest
+
+    content = read_json(file, CheckpointError, "prune again")
+    typed(content, Manifest, f"{file}", CheckpointError, "prune again")
+    return content
 
 
 def _write(
@@ -166,11 +243,11 @@ def _write_other_files(checkpoint: Checkpoint, keep: KeepSet, folder: Path) -> l
         if source.is_file() and source.suffix != ".safetensors" and source.name not in _NOT_COPIED:
             shutil.copyfile(source, folder / source.name)
             written.append(source.name)
-    settings = json.loads((checkpoint.folder / "config.json").read_text())
-    write_json(folder / "config.json", settings | {checkpoint.family.experts_key: keep.keep_n})
+    settings = read_json(checkpoint.folder / CONFIG_FILE, CheckpointError, "fetch the checkpoint again")
+    write_json(folder / CONFIG_FILE, settings | {checkpoint.family.experts_key: keep.keep_n})
     mapping = {str(layer): {str(new): int(old) for new, old in enumerate(ids)} for layer, ids in enumerate(keep.ids)}
     write_json(folder / MAPPING, mapping)
-    return [*written, "config.json", MAPPING]
+    return [*written, CONFIG_FILE, MAPPING]
 
 
 def keep_all(checkpoint: Checkpoint) -> KeepSet:

@@ -119,7 +119,7 @@ def _finished(out_dir: Path, identity: dict) -> dict | None:
     if not out_dir.exists():
         return None
     if (out_dir / slicing.MANIFEST).is_file():
-        manifest = read_json(out_dir / slicing.MANIFEST, CheckpointError, "choose another out_dir")
+        manifest = slicing.read_manifest(Checkpoint(str(out_dir)))
         if (manifest.get("recovered") or {}).get("identity_sha256") == _sha256(identity):
             print(f"{out_dir} was written by an earlier run of the very same: nothing to do")
             return manifest

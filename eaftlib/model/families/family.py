@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Fetch = Callable[[str], torch.Tensor]  # a stored tensor by its full name, on the device where it is wanted
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # MXFP4 blocks and scales to values, as they are used
@@ -27,6 +30,10 @@ class Family(ABC):
     embedding = "model.embed_tokens.weight"
     final_norm = "model.norm.weight"
     lm_head = "lm_head.weight"
+
+    @abstractmethod
+    def settings(self) -> type["BaseModel"]:
+        """The fields of config.json that a number depends on, their types and ranges."""
 
     @abstractmethod
     def prefix(self, layer: int) -> str:

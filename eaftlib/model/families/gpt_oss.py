@@ -1,7 +1,7 @@
 """gpt-oss: 20b, 120b and checkpoints of their layout, experts in MXFP4 or in a floating-point type."""
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from ...text import harmony
 from .. import mxfp4
 from .family import Cast, Decode, Family, Fetch
 
+if TYPE_CHECKING:
+    from .gpt_oss_settings import GptOssSettings
+
 
 class GptOss(Family):
     """Every layer has experts; router and experts count them in dim 0."""
@@ -20,6 +23,11 @@ class GptOss(Family):
     config_class = GptOssConfig
     experts_key = "num_local_experts"
     top_k_key = "num_experts_per_tok"
+
+    def settings(self) -> type["GptOssSettings"]:
+        from .gpt_oss_settings import GptOssSettings
+
+        return GptOssSettings
 
     def prefix(self, layer: int) -> str:
         return f"model.layers.{layer}."
