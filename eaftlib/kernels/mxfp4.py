@@ -26,7 +26,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
 
 
 def _power(exponents: torch.Tensor) -> torch.Tensor:
-    """2^exponents of int32, -126 to 127. ``ldexp`` takes twice as long, and 2^128, a scale's largest, is infinite to some releases."""
+    """2^exponents of int32, -126 to 127. ``ldexp`` is slower, and 2^128, which a scale may be, is infinite in torch 2.10."""
     return ((exponents + 127) << 23).view(torch.float32)
 
 
