@@ -224,12 +224,13 @@ class Session:
         """Whatever this kernel has imported stays what it is, and so does torch: half a new package is worse than none."""
         kept = self.scratch / "kept.txt"
         kept.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in loaded() | {"torch"}))
-        command = [sys.executable, "-m", "pip", "install", "-q", *source, "--constraint", str(kept), *requirements]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "install", *source, "--constraint", str(kept), *requirements]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
+            said = "\n".join(done.stdout.strip().splitlines()[-16:])
             raise RuntimeError(
                 f"pip cannot install {requirements}. If it names a package that this kernel has imported, restart the kernel "
-                f"and run all again. It said: {done.stderr.strip()}"
+                f"and run all again. It said: {said}"
             )
         importlib.invalidate_caches()
 
