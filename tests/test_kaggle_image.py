@@ -8,9 +8,13 @@ import zipfile
 from pathlib import Path
 
 import kaggle_server
+import minimum
 import pytest
+from packaging.requirements import Requirement
 
-from eaftlib.kaggle import setup_cell
+from eaftlib.kaggle import build, setup_cell
+
+ROOT = Path(__file__).parents[1]
 
 # What the image has, and what can be installed: the newer transformers needs a newer hub, and torch, which must stay.
 IMAGE = {"torch": ("2.10.0+cu128", []), "transformers": ("4.57.1", []), "huggingface_hub": ("0.36.0", [])}
@@ -119,3 +123,17 @@ def test_a_torch_that_is_too_old_is_never_replaced(start):
     words = "this image is too old: it does not meet torch>=98 (here: 2.10.0+cu128). Choose a newer image."
     assert done.returncode == 1 and words in done.stderr
     assert start(requires=[]).stdout == "2.10.0+cu128 4.57.1 0.36.0\n"
+
+
+def test_the_stated_minimum_is_what_a_session_requires_and_what_is_tested():
+    """The page's first row, the set-up cell's requirements and `make test-minimum` name one version of each package."""
+    lines = (ROOT / "docs" / "kaggle.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| tested |"))
+    header, lowest = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (head, head + 2))
+    stated = dict(zip(header, lowest, strict=True))
+    required = {Requirement(r).name: Requirement(r).specifier for r in build._requirements()}
+    installed = {Requirement(r).name: Requirement(r).specifier for r in minimum.lowest()}
+    for name, column in (("torch", "PyTorch"), ("transformers", "transformers"), ("datasets", "datasets")):
+        assert installed[name].contains(stated[column]), name
+    bounded = {name: str(s) for name, s in required.items() if str(s)}
+    assert bounded == {name: str(installed[name]).replace("==", ">=") for name in bounded}
