@@ -16,13 +16,14 @@ from eaftlib.kaggle import build, setup_cell
 
 ROOT = Path(__file__).parents[1]
 
-# What the image has, and what can be installed: the newer transformers needs a newer hub, and torch, which must stay.
-IMAGE = {"torch": ("2.10.0+cu128", []), "transformers": ("4.57.1", []), "huggingface_hub": ("0.36.0", [])}
-OFFERED = {
-    "torch": ("99.0", []),
-    "transformers": ("99.1", ["huggingface_hub>=90", "torch>=2.4"]),
-    "huggingface_hub": ("98.0", []),
-}
+# What the image has, and what can be installed: the newest transformers needs a newer torch, the one before a newer hub.
+IMAGE = [("torch", "2.10.0+cu128", []), ("transformers", "4.57.1", []), ("huggingface_hub", "0.36.0", [])]
+OFFERED = [
+    ("torch", "99.0", []),
+    ("transformers", "99.1", ["huggingface_hub>=90", "torch>=2.4"]),
+    ("transformers", "99.2", ["huggingface_hub>=90", "torch>=98"]),
+    ("huggingface_hub", "98.0", []),
+]
 SESSION = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -58,8 +59,8 @@ def old_image(image, tmp_path):
     """An interpreter of its own, with older packages in front of those that tests run with."""
     shutil.copytree(image.parents[1], tmp_path / "venv", symlinks=True)
     (places,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    for name, (version, requires) in IMAGE.items():
-        zipfile.ZipFile(write_wheel(tmp_path, name, version, requires)).extractall(places)
+    for package in IMAGE:
+        zipfile.ZipFile(write_wheel(tmp_path, *package)).extractall(places)
     return tmp_path / "venv" / "bin" / "python"
 
 
@@ -68,11 +69,12 @@ def offered(tmp_path):
     """The wheels as a data set's folder, and as an index."""
     folder = tmp_path / "input" / "datasets" / "o" / "w"
     folder.mkdir(parents=True)
-    for name, (version, requires) in OFFERED.items():
-        wheel = write_wheel(folder, name, version, requires)
+    for name, *more in OFFERED:
+        wheel = write_wheel(folder, name, *more)
         page = tmp_path / "index" / name.replace("_", "-") / "index.html"
-        page.parent.mkdir(parents=True)
-        page.write_text(f'<a href="{wheel.as_uri()}">{wheel.name}</a>')
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with page.open("a") as opened:
+            opened.write(f'<a href="{wheel.as_uri()}">{wheel.name}</a>')
     return folder
 
 
