@@ -5,7 +5,7 @@ DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
 
-.PHONY: setup browser demo demo-candidates test test-minimum check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -60,6 +60,7 @@ test: $(READY) browser
 MINIMUM := .venv-minimum
 PYTHON ?= python3.12
 CORE := attention checkpoint criteria evaluation experts forward golden half kaggle_image kernels launch mxfp4 packs recovery slicing
+.PHONY: test-minimum
 test-minimum:
 	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
 	$(PYTHON) tests/minimum.py > $(MINIMUM)/requirements.txt
