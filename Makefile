@@ -56,6 +56,18 @@ demo-candidates: $(READY)
 test: $(READY) browser
 	$(PY) -m pytest -n 2 --dist loadfile
 
+# With the lowest versions that pyproject.toml allows, in an environment of their own (7 GB with PyTorch's CUDA build).
+MINIMUM := .venv-minimum
+PYTHON ?= python3.12
+CORE := attention checkpoint criteria evaluation experts forward golden half kaggle_image kernels launch mxfp4 packs recovery slicing
+.PHONY: test-minimum
+test-minimum:
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(PYTHON) tests/minimum.py > $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python -m pip install -q -r $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python -m pip install -q --no-deps -e .
+	$(MINIMUM)/bin/python -m pytest $(CORE:%=tests/test_%.py)
+
 # What a commit must pass besides the tests: style, rooms that import downwards, notebooks that are exactly their sources.
 check: $(READY)
 	$(PY) -m ruff check .

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import world
 from safetensors.torch import load_file, save_file
 
 from eaftlib.engine import forward, half
@@ -96,7 +97,7 @@ def largest_values(checkpoint, blocks):
     """In float32, by hooks on every layer: the largest of the residual, and of a single expert's output."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation="eager")
+    model = world.load_with_transformers(AutoModelForCausalLM, Path(checkpoint.folder))
     residual, outputs = [], []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, out: residual.append(float(out.abs().max())))

@@ -235,13 +235,14 @@ def write_pack(path, rows, column="text"):
 
 
 def load_with_transformers(cls, folder):
-    return cls.from_pretrained(
+    model = cls.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
         quantization_config=Mxfp4Config(dequantize=True) if "quantization_config" in read_config(folder) else None,
-    ).eval()
+    )
+    return model.float().eval()  # MXFP4 values, which early releases decode to bfloat16 whatever is asked for
 
 
 def read_config(folder):

@@ -103,7 +103,8 @@ class _Helper:
         return ScoringError(f"the process of GPU {self.rank} ended with status {self.process.returncode}: {last}")
 
     def said(self) -> str:
-        return self.errors.read_text().strip()
+        lines = self.errors.read_text().splitlines()  # torch 2.10's Gloo has one of its own for every rank
+        return "\n".join(line for line in lines if not line.startswith("[Gloo] ")).strip()
 
     def close(self) -> None:
         self.closing = True

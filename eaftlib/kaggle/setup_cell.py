@@ -208,19 +208,31 @@ class Session:
         unmet = [r for r in self.run["requires"] if not met(r)]
         if not unmet:
             return
+        lacks = ", ".join(f"{r} (here: {installed(r) or 'none'})" for r in unmet)
+        if any(Requirement(r).name == "torch" for r in unmet):
+            raise RuntimeError(f"this image is too old: it does not meet {lacks}. Choose a newer image.")
         wheels = self._find(self.run["wheel_mounts"], "wheels")
-        if any(r.startswith("torch") for r in unmet) and not wheels:
-            raise RuntimeError(
-                f"this image is too old: it does not meet {unmet}. Choose a newer image, or a wheels data set."
-            )
         if not wheels and not self.run["internet"]:
             raise RuntimeError(
-                f"missing or too old: {unmet}. Turn internet on, or put their wheels into a data set and name it as "
+                f"missing or too old: {lacks}. Turn internet on, or put their wheels into a data set and name it as "
                 "`wheels` in params/kaggle.yaml."
             )
-        where = ["--no-index", "--find-links", str(wheels)] if wheels else []
-        print("installing", *unmet, *where)
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *where, *unmet], check=True)
+        print(f"installing {lacks} from {wheels or 'the internet'}")
+        self._pip_install(unmet, ["--no-index", "--find-links", str(wheels)] if wheels else [])
+
+    def _pip_install(self, requirements: list[str], source: list[str]) -> None:
+        """Whatever this kernel has imported stays what it is, and so does torch: half a new package is worse than none."""
+        kept = self.scratch / "kept.txt"
+        kept.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in loaded() | {"torch"}))
+        command = [sys.executable, "-m", "pip", "install", *source, "--constraint", str(kept), *requirements]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            said = "\n".join(done.stdout.strip().splitlines()[-16:])
+            raise RuntimeError(
+                f"pip cannot install {requirements}. If it names a package that this kernel has imported, restart the kernel "
+                f"and run all again. It said: {said}"
+            )
+        importlib.invalidate_caches()
 
     def _install(self, wheel: str) -> None:
         """Install the embedded or mounted wheel for this kernel alone, after checking its SHA-256."""
@@ -293,11 +305,22 @@ def link(name: Path, target: Path) -> None:
 
 
 def met(requirement: str) -> bool:
-    wanted = Requirement(requirement)
+    found = installed(requirement)
+    return found is not None and Requirement(requirement).specifier.contains(found, prereleases=True)
+
+
+def installed(requirement: str) -> str | None:
+    """The version that is here."""
     try:
-        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+        return importlib.metadata.version(Requirement(requirement).name)
     except importlib.metadata.PackageNotFoundError:
-        return False
+        return None
+
+
+def loaded() -> set[str]:
+    """Distributions of which this kernel has imported a module."""
+    owners = importlib.metadata.packages_distributions()
+    return {name for module in owners.keys() & sys.modules.keys() for name in owners[module]}
 
 
 def sha256(file: Path) -> str:

@@ -20,8 +20,14 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> to
     table = _byte_table(blocks.device)
     for block, scale, value in zip(blocks, scales, values, strict=True):  # one expert's float32 values at a time
         exponents = (scale.int() - SCALE_BIAS)[..., None, None]
-        value.copy_(torch.ldexp(table[block.int()], exponents).flatten(-2))
+        half = exponents >> 1
+        value.copy_(table[block.int()].mul_(_power(half)).mul_(_power(exponents - half)).flatten(-2))
     return values.flatten(-2)
+
+
+def _power(exponents: torch.Tensor) -> torch.Tensor:
+    """2^exponents of int32, -126 to 127. ``ldexp`` is slower, and 2^128, which a scale may be, is infinite in torch 2.10."""
+    return ((exponents + 127) << 23).view(torch.float32)
 
 
 def _byte_table(device: torch.device) -> torch.Tensor:

@@ -56,7 +56,14 @@ class GptOss(Family):
 
     def build_layer(self, config: GptOssConfig, index: int) -> nn.Module:
         with torch.device("meta"):
-            return GptOssDecoderLayer(config, index)
+            layer = GptOssDecoderLayer(config, index)
+        experts = layer.mlp.experts
+        for name in (
+            "limit",
+            "alpha",
+        ):  # transformers 5.0 has the published models' values, whatever a configuration says
+            setattr(experts, name, getattr(config, f"swiglu_{name}", getattr(experts, name)))
+        return layer
 
     def layer_state(
         self, layer: nn.Module, index: int, stored: Collection[str], fetch: Fetch, decode: Decode, cast: Cast
