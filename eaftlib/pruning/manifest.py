@@ -17,20 +17,44 @@ class Source(BaseModel):
     model_sha256: Sha256
 
 
-class Manifest(BaseModel):
-    """recovered: what was trained since, as ``recovery`` records it."""
+class ChosenBy(BaseModel):
+    """How the experts that stay were chosen; criterion: None where all stay."""
 
+    model_config = ConfigDict(strict=True)
+
+    criterion: str | None
+    keep_n: Count
+    ranking_rows: str | None = None
+
+
+class TrainingText(BaseModel):
+    rows: str
+
+
+class Recovered(BaseModel):
+    """How small tensors were trained since, as ``recovery`` records it; init: the run begun with."""
+
+    model_config = ConfigDict(strict=True)
+
+    trained: list[str]
+    parameters_share: Annotated[float, Field(ge=0, le=1)]
+    tokens: Annotated[int, Field(ge=0)]
+    text: TrainingText
+    init: "Recovered | None" = None
+
+
+class Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     schema_: Literal["eaft-prune/1"] = Field(alias="schema")
     source: Source
     num_experts_before: Count
     num_experts_after: Count
-    chosen_by: dict
+    chosen_by: ChosenBy
     bytes_before: Count
     bytes_after: Count
     sha256: Annotated[dict[FileName, Sha256], Field(min_length=1)]
-    recovered: dict | None = None
+    recovered: Recovered | None = None
 
     @model_validator(mode="after")
     def _fewer(self) -> Self:
