@@ -16,7 +16,7 @@ from .identity import Identity, Question
 from .statistics import Tokens
 
 _TOKEN_COLUMNS = {
-    "pack": pa.dictionary(pa.int8(), pa.string()),
+    "pack": pa.dictionary(pa.int16(), pa.string()),
     "seq_len": pa.int32(),
     "block": pa.int32(),
     "position": pa.int32(),
