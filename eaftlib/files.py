@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import reprlib
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,22 @@ def require_file(path: Path, error: type[EaftError], advice: str) -> None:
         raise error(f"{path} does not exist; {advice}")
     if not os.path.isfile(path):
         raise error(f"{path} is no file, but a folder or a device; {advice}")
+
+
+def require_writable_folder(path: Path, error: type[EaftError]) -> None:
+    """A folder that may be written in, or whose first parent that exists may be; nothing is made yet."""
+    for there in (path := Path(path).absolute(), *path.parents):
+        try:
+            mode = os.stat(there).st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as cause:  # below a file, a name too long, one with a zero byte
+            raise error(f"{str(path)!r} cannot be a folder ({cause}); choose another out_dir") from cause
+        if not stat.S_ISDIR(mode):
+            raise error(f"{there} is a file, expected a folder to write in; choose another out_dir")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise error(f"{there} may not be written in; choose another out_dir, or change its mode")
+        return
 
 
 def _refuse_constant(name: str) -> None:

@@ -16,12 +16,14 @@ from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
 from ..errors import ParameterError, ResultError
+from ..files import require_writable_folder
 from ..model.checkpoint import Checkpoint
 from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import checkpoint_sizes, read_manifest
 from ..text.packs import Blocks, PackSource, pack_blocks
 from . import results
 from .identity import Identity, Question
+from .selftest import LONG_TOKENS, selftest
 from .statistics import Tokens, aggregate
 
 
@@ -49,6 +51,7 @@ def evaluate(
     """
     out_dir = Path(out_dir)
     _require_file_names(keep_sets)
+    require_writable_folder(out_dir, ParameterError)
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
@@ -65,6 +68,8 @@ def evaluate(
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
     left = _left(jobs, entries, progress)
     weights = Weights(checkpoint, placement) if left else None
+    if sum(blocks.tokens.size for blocks in left.values()) * len(keep_sets) >= LONG_TOKENS:
+        selftest(weights, next(iter(left.values())), progress)
     for key, blocks in left.items():
         journal = Journal(out_dir / FOLDER, _identity(metas, blocks))
         run = forward.score(
