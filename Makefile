@@ -80,6 +80,7 @@ notebooks: $(READY)
 
 rank prune recover evaluate report: $(READY)
 	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS=params/MODEL/NAME.yaml"; exit 2; }
+	$(if $(word 2,$(PARAMS)),$(error PARAMS: found "$(PARAMS)", expected one file, without a space in its path))
 	$(call execute,$(notebook_$@),$(PARAMS))
 notebook_rank := 01_rank
 notebook_prune := 02_prune

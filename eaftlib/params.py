@@ -2,6 +2,9 @@
 
 import ast
 import difflib
+import itertools
+import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -9,14 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from . import notebooks
 from .errors import ParameterError
-from .files import FILE_NAME
+from .files import FILE_NAME, require_file
 from .pruning.criteria import CRITERIA, RANDOM, RECON
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
 BASE = "base"  # label of the whole model
+MOST_VALUES = 100_000  # in a file of parameters
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
 Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
@@ -44,7 +49,7 @@ class Parameters(BaseModel):
                 raise ParameterError(
                     f"unknown parameter {name!r}.{hint} Known: {', '.join(cls.model_fields)}"
                 ) from None
-            found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+            found = "" if first["type"] in ("missing", "value_error") else f", found {reprlib.repr(first['input'])}"
             raise ParameterError(f"{name}: {first['msg'].removeprefix('Value error, ')}{found}") from None
 
     @classmethod
@@ -84,7 +89,7 @@ class Rank(Parameters):
     recon_tokens: Positive
     device: str
     dtype: str
-    max_gpu_memory: Annotated[float, Field(gt=0)] | None
+    max_gpu_memory: Annotated[FiniteFloat, Field(gt=0)] | None
     seed: Seed
     out_dir: str
 
@@ -156,16 +161,17 @@ class Evaluate(Parameters):
     cc_quantile: Share
     device: str
     dtype: str
-    max_gpu_memory: Annotated[float, Field(gt=0)] | None
+    max_gpu_memory: Annotated[FiniteFloat, Field(gt=0)] | None
     out_dir: str
 
     @field_validator("num_blocks", mode="plain")
     @classmethod
     def _one_number_or_a_list(cls, value: Any) -> Any:
         numbers = value if isinstance(value, list) else [value]
-        if not numbers or any(type(n) is not int or n < 1 for n in numbers):
+        if not numbers or any(type(n) is not int or not 0 < n < 2**31 for n in numbers):
             raise ValueError(
-                f"found {value!r}, expected a whole number above 0, or a list of them, one for each of seq_lens"
+                f"found {reprlib.repr(value)}, expected a whole number above 0 and below 2**31, or a list of them, one for "
+                "each of seq_lens"
             )
         return value
 
@@ -188,6 +194,11 @@ class Evaluate(Parameters):
         elif self.keep_set is not None and self.label is None:
             raise ValueError("label: the result of a keep-set needs a name; give one")
         return self
+
+    @field_validator("seq_lens")
+    @classmethod
+    def _each_length_once(cls, seq_lens: list[int]) -> list[int]:
+        return _each_once(seq_lens)
 
     @model_validator(mode="after")
     def _blocks_of_each_length(self) -> Self:
@@ -239,7 +250,7 @@ class Recover(KeepSetParameters):
     init: str | None
     device: str
     dtype: str
-    max_gpu_memory: Annotated[float, Field(gt=0)] | None
+    max_gpu_memory: Annotated[FiniteFloat, Field(gt=0)] | None
     out_dir: str
 
     @property
@@ -249,10 +260,8 @@ class Recover(KeepSetParameters):
 
     @field_validator("trained")
     @classmethod
-    def _each_once(cls, trained: list[str]) -> list[str]:
-        if twice := next((name for name in trained if trained.count(name) > 1), None):
-            raise ValueError(f"{twice!r} is given twice in {trained}; expected each once")
-        return trained
+    def _each_part_once(cls, trained: list[str]) -> list[str]:
+        return _each_once(trained)
 
     @model_validator(mode="after")
     def _rank_of_trained_attention(self) -> Self:
@@ -324,29 +333,73 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Names are not looked at. papermill writes them into a cell as they are, so whoever hands them on checks them first.
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor):  # before a merge (<<) is resolved, whose names may be given anew
-            node = super().compose_mapping_node(anchor)
-            names = [name.value for name, _ in node.value]
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
-            return node
-
-    try:
-        values = yaml.load(path.read_text(), Loader)  # a SafeLoader
-    except FileNotFoundError:
-        raise ParameterError(
-            f"{path} does not exist; start in the repository's root, and give a file of params/"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as cause:
-        raise ParameterError(f"{path} is not YAML: {cause}") from cause
+    require_file(path, ParameterError, "start in the repository's root, and give a file of params/")
+    values = _yaml(path)
     if not isinstance(values, dict):
         raise ParameterError(f"{path}: expected names and values, found {type(values).__name__}")
     if odd := [name for name in values if not isinstance(name, str)]:
         raise ParameterError(f"{path}: found {odd[0]!r} for a name, expected a word")
     return values
+
+
+def _yaml(path: Path) -> object:
+    """Plain values only: a file with tags, or one that unfolds to more than it seems, holds no parameters."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            event = self.peek_event()
+            if getattr(event, "tag", None) not in (None, "!"):  # some make PyYAML stumble
+                raise yaml.MarkedYAMLError(
+                    problem=f"found the tag {event.tag!r}, expected none", problem_mark=event.start_mark
+                )
+            return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor):  # before a merge (<<) is resolved, whose names may be given anew
+            node = super().compose_mapping_node(anchor)
+            times = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+            if twice := next((name for name, n in times.items() if n > 1), None):
+                raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
+            return node
+
+        def get_single_node(self):
+            node = super().get_single_node()
+            if node is not None and _unfolded(node, {}) > MOST_VALUES:
+                raise yaml.MarkedYAMLError(problem=f"its aliases unfold to more than {MOST_VALUES} values")
+            return node
+
+        def construct_yaml_int(self, node):
+            value = super().construct_yaml_int(node)
+            str(value)  # 0x... may have more digits than Python writes: a ValueError, like that of one it cannot read
+            return value
+
+        def construct_yaml_str(self, node):
+            value = super().construct_yaml_str(node)
+            value.encode()  # half a surrogate pair: a ValueError
+            return value
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except RecursionError:
+        raise ParameterError(f"{path} is nested too deeply for parameters") from None
+    except OSError as cause:
+        raise ParameterError(f"{path} cannot be read: {cause}") from cause
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as cause:  # no UTF-8, a month of 13, an integer of more digits than Python converts
+        raise ParameterError(f"{path} is not YAML: {cause}") from cause
+
+
+def _unfolded(node, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, those behind aliases counted each time; without end where it is in itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = {"scalar": lambda: [], "sequence": lambda: node.value, "mapping": lambda: itertools.chain(*node.value)}
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts[node.id]())
+    return known[id(node)]
 
 
 def check_file(notebook: str, path: Path) -> None:
@@ -356,6 +409,12 @@ def check_file(notebook: str, path: Path) -> None:
         of_notebook(notebook, values)
     except ParameterError as error:
         raise ParameterError(f"{path}: {error}") from None
+
+
+def _each_once(values: list) -> list:
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise ValueError(f"{twice!r} is given twice in {values}; expected each once")
+    return values
 
 
 def _assigned_names(source: str) -> set[str]:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from eaftlib.engine.weights import Weights
 from eaftlib.errors import ParameterError, ResultError, ScoringError
-from eaftlib.files import json_text, require_writable_folder, typed
+from eaftlib.files import json_text, typed
 from eaftlib.pruning import trace_file
 from eaftlib.pruning.criteria import expert_sums
 from eaftlib.pruning.explore import Explorer
@@ -350,13 +350,6 @@ def test_a_block_beyond_the_context_is_found_before_a_weight_is_read(checkpoint,
     longer = replace(blocks, tokens=np.zeros((1, 1025), int), kept=np.ones((1, 1025), bool))
     with pytest.raises(ParameterError, match="found 1025, expected 2 to 1024, the model's longest context"):
         record(checkpoint, longer, cpu, progress=False)
-
-
-def test_a_folder_that_can_be_written_is_left_empty(tmp_path):
-    require_writable_folder(tmp_path / "a" / "b", ResultError)
-    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "a" / "b") == []
-    with pytest.raises(ResultError, match="null"):
-        require_writable_folder(tmp_path / "a\0b", ResultError)
 
 
 def test_when_recon_fails_the_trace_is_there(checkpoint, blocks, cpu, tmp_path, monkeypatch):

@@ -63,8 +63,8 @@ def score(
     routed. record_experts: also return what every expert did at ``recorded_positions``; only with a single keep-set.
     gram_tokens: likewise what all experts would have done at that many sampled positions, see ``grams.Grams``. Where
     several ranks run, each takes its share of the micro-batches and all return the whole. journal: as Traversal's.
-    Raises ScoringError at a token without finite statistics, or where one block alone exceeds the memory; ParameterError
-    where the Grams exceed it.
+    Raises ScoringError at a token without finite statistics, where tokens or routed experts do not add up, or where one
+    block alone exceeds the memory; ParameterError where the Grams exceed it.
     """
     if (record_experts or gram_tokens) and len(keep_sets) != 1:
         raise ValueError("experts are recorded for one model: pass a single keep-set")
@@ -108,7 +108,11 @@ def score_variants(
         for tokens in run.forward():
             advance(tokens / weights.checkpoint.num_layers)
     traces = [observer and observer.trace for observer in (experts, grams)]
-    ranks.add_up([statistics.values, *(tensor for trace in traces if trace for tensor in trace.tensors)])
+    noted = [statistics.values, statistics.scored]
+    ranks.add_up([*noted, *(tensor for trace in traces if trace for tensor in trace.tensors)])
+    statistics.require_complete()
+    if experts:
+        experts.require_consistent()
     seconds = ranks.largest(time.perf_counter() - started)
     rate = ranks.total(run.share()) / seconds
     peak = torch.cuda.max_memory_allocated(weights.device) if weights.device.type == "cuda" else None

@@ -15,6 +15,8 @@ from .experts import ExpertProbe, ExpertTrace
 from .variants import Variant
 from .weights import Weights
 
+WEIGHT_TOLERANCE = 0.01  # of a sum of router weights; those of bfloat16 add up to 1 within 0.004
+
 
 @dataclass(frozen=True)
 class Step:
@@ -58,9 +60,11 @@ class TokenStatistics(Observer):
         self.kept_before = before(self.kept)
         self.slice = kernel.slice_rows(weights.lm_head.shape[0], weights.device)  # tokens with logits at once
         self.values = torch.zeros(len(variants), 2 if base is None else 4, int(self.kept.sum()))
+        self.scored = torch.zeros(len(self.kept), dtype=torch.int32)  # of each block, how many tokens were written down
 
     def noted(self, first: int, end: int) -> dict[str, torch.Tensor]:
-        return {"values": self.values[..., self.kept_before[first] : self.kept_before[end]]}
+        values = self.values[..., self.kept_before[first] : self.kept_before[end]]
+        return {"values": values, "scored": self.scored[first:end]}
 
     def shrink(self) -> None:
         self.slice = max(1, self.slice // 2)
@@ -81,8 +85,19 @@ class TokenStatistics(Observer):
         first = int(self.kept_before[blocks[0]])
         values = torch.cat(parts, dim=-1).cpu()
         self.values[..., first : first + len(kept)] = values
+        self.scored[blocks] = torch.bincount(kept // self.tokens.shape[1], minlength=len(blocks)).int()
         for variant in values:
             self._require_finite(variant, first)
+
+    def require_complete(self) -> None:
+        """Raises ScoringError unless, all ranks and earlier runs together, every kept token was scored once."""
+        expected = self.kept.sum(1)
+        if len(wrong := (self.scored != expected).nonzero()):
+            block = int(wrong[0])
+            raise ScoringError(
+                f"block {block}: {int(self.scored[block])} tokens were scored, expected its {int(expected[block])} kept ones "
+                f"({len(wrong)} such blocks): remove the journal in out_dir and run again"
+            )
 
     def _of_slice(self, hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         """[variants, 2 or 4, tokens]"""
@@ -138,6 +153,28 @@ class Experts(Observer):
             yield
         finally:
             del experts.probe
+
+    def require_consistent(self) -> None:
+        """Raises ScoringError unless each position has top-k different experts whose weights sum to 1, in every MoE layer.
+
+        So every layer's counts of its experts sum to positions x top-k.
+        """
+        count, top_k = self.weights.checkpoint.num_experts, self.trace.expert.shape[-1]
+        for layer in sorted(self.moe):
+            total = self.trace.gate[layer].sum(-1)
+            self._require(layer, (total - 1).abs() <= WEIGHT_TOLERANCE, "router weights sum to", total, "1")
+            ids = self.trace.expert[layer].int().sort(-1).values
+            different = (ids[:, 1:] != ids[:, :-1]).all(-1) & (ids[:, -1] < count)
+            self._require(layer, different, "experts", ids, f"{top_k} different ones below {count}")
+
+    def _require(self, layer: int, right: torch.Tensor, what: str, found: torch.Tensor, expected: str) -> None:
+        if len(wrong := (~right).nonzero()):
+            row = int(wrong[0])
+            block, position = self.recorded.nonzero()[row].tolist()
+            raise ScoringError(
+                f"layer {layer}, block {block}, position {position}: {what} {found[row].tolist()}, expected {expected} "
+                f"({len(wrong)} of {len(right)} positions): verify the checkpoint; else remove the journal and run again"
+            )
 
 
 def recorded_positions(blocks: Blocks) -> np.ndarray:

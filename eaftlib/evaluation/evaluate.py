@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from .. import __version__, project
-from ..engine import forward, ranks, selftest
+from ..engine import forward, ranks
 from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
+from ..engine.selftest import LONG_TOKENS, selftest
 from ..engine.weights import Weights
 from ..errors import ParameterError, ResultError
-from ..files import FILE_NAME
+from ..files import FILE_NAME, require_writable_folder
 from ..model.checkpoint import Checkpoint
 from ..pruning.keepsets import KeepSet
 from ..pruning.slicing import checkpoint_sizes, read_manifest
@@ -51,6 +52,7 @@ def evaluate(
     """
     out_dir = Path(out_dir)
     _require_file_names(keep_sets)
+    require_writable_folder(out_dir, ParameterError)
     forward.check_request(checkpoint, seq_lens, entropy_topk)
     packs = list(only) if only is not None else source.names
     # Packing comes first: a pack that is missing or too short is found before any weight is read.
@@ -71,8 +73,8 @@ def evaluate(
             # The other file's entries and tokens are gone on from, but nobody else would read the two.
             results.write(out_dir, label, metas[label], entries[label], tokens[label])
     weights = Weights(checkpoint, placement) if left else None
-    if left:
-        selftest.require_sound(weights, next(iter(left.values())), entropy_topk)
+    if sum(blocks.tokens.size for blocks in left.values()) * len(keep_sets) >= LONG_TOKENS:
+        selftest(weights, next(iter(left.values())), progress)
     for key, blocks in left.items():
         journal = Journal(out_dir / FOLDER, _identity(metas, blocks))
         run = forward.score(

@@ -9,11 +9,12 @@ import torch
 import transformers
 
 from .. import project
-from ..engine import forward, ranks, selftest
+from ..engine import forward, ranks
 from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
+from ..engine.selftest import LONG_TOKENS, selftest
 from ..engine.weights import Weights
 from ..errors import ParameterError
 from ..files import require_writable_folder, write_atomically
@@ -89,7 +90,8 @@ def record(
     provenance = _provenance(checkpoint, blocks, placement, entropy_topk)
     journal = None if out_dir is None else Journal(out_dir / FOLDER, provenance | _conditions(placement, recon_tokens))
     weights = Weights(checkpoint, placement)
-    selftest.require_sound(weights, blocks, entropy_topk)
+    if blocks.tokens.size >= LONG_TOKENS:
+        selftest(weights, blocks, progress)
     run = forward.score(
         weights,
         blocks,

@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from .. import project
-from ..engine import ranks
+from ..engine import forward, ranks
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.weights import Weights
-from ..errors import CheckpointError, ResultError
-from ..files import read_json, sha256, write_atomically, write_json
+from ..errors import CheckpointError, ParameterError, ResultError
+from ..files import read_json, require_writable_folder, sha256, write_atomically, write_json
 from ..model.checkpoint import Checkpoint
 from ..pruning import slicing
 from ..pruning.keepsets import KeepSet
@@ -59,6 +59,8 @@ def recover(
     first rank after each look. A run that was killed goes on from its last look; one with other settings sets its state
     aside. Raises CheckpointError when out_dir exists and is not this run's.
     """
+    require_writable_folder(Path(out_dir).parent, ParameterError)
+    forward.check_request(checkpoint, [blocks.seq_len], objective.entropy_topk)
     leaves, before = (None, None) if init is None else _read_tensors(Path(init), checkpoint, keep)
     identity = _identity(checkpoint, keep, blocks, placement, settings, init)
     if (found := _finished(Path(out_dir), identity)) is not None:

@@ -8,9 +8,19 @@ _TAG = re.compile(r"<\|(start|channel|message|end|call|return)\|>")
 def completion_spans(text: str) -> list[tuple[int, int]]:
     """Character ranges [start, end) of the assistant's message contents, ascending and disjoint.
 
-    In ``<|start|>ROLE[<|channel|>...]<|message|>CONTENT(<|end|>|<|call|>|<|return|>)`` the span is CONTENT, where
-    ROLE, stripped, is ``assistant`` or begins with ``assistant `` (a recipient may follow). The closing tag is not
-    part of it. A message that another ``<|start|>`` cuts short, or that never closes, has no span.
+    The grammar, over text in which six tags are recognised wherever they stand (no escape, no other spelling)::
+
+        row      = (message | broken | CLOSE | CHANNEL | MESSAGE | text)*
+        message  = START role [CHANNEL header] MESSAGE content CLOSE
+        broken   = what begins with START and is no message, up to the next START, the first CLOSE or the end of the row
+        role     = text                                     START   = <|start|>
+        header   = (text | CHANNEL)*                        CHANNEL = <|channel|>
+        content  = (text | CHANNEL | MESSAGE)*              MESSAGE = <|message|>
+        text     = characters without a tag                 CLOSE   = <|end|>, <|call|> or <|return|>
+
+    The span is ``content``, if it is not empty and ``role``, stripped, is ``assistant`` or begins with ``assistant `` (a
+    recipient may follow). So a forged START within a message breaks that message, a second CHANNEL or MESSAGE within content is
+    content, and what never closes has no span.
     """
     spans = []
     role_start = role_end = content_start = None

@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import PackError
+from ..files import require_file
 
 UNION = "UNION"
 ROW_SPLITS = ("all", "calib", "eval")
 KAGGLE_INPUT = Path("/kaggle/input")
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 1 << 18  # tokenised at once; a token takes some hundred bytes while it is
+_MOST_TOKENS = 2**31 - 1  # of all blocks: places among them are counted in int32
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what reading a damaged file may raise
 
 Spans = list[tuple[int, int]]
 
@@ -56,8 +59,8 @@ class Blocks:
         A changed tokenizer, EOS token or packing shows here, whatever its cause.
         """
         digest = hashlib.sha256(f"{self.tokens.shape}".encode())
-        digest.update(self.tokens.astype("<i4").tobytes())
-        digest.update(self.kept.tobytes())
+        digest.update(np.ascontiguousarray(self.tokens, "<i4").ravel())  # as they lie: no copy
+        digest.update(np.ascontiguousarray(self.kept).ravel())
         return digest.hexdigest()
 
 
@@ -74,11 +77,10 @@ class PackSource:
         self.files = _find_files(source, pack_files)
         self.pack_files = list(self.files)
         names = [Path(f).stem for f in self.files]
-        if len(set(names)) < len(names):
-            raise PackError(f"{source}: two pack files share a name: {names}. Rename one; a pack's name is its stem.")
+        _require_names(source, names)
         self._paths = dict(zip(names, self.files.values(), strict=True))
         for path in self._paths.values():
-            _check_text_column(path)
+            _require_text(path)
 
     @property
     def names(self) -> list[str]:
@@ -121,6 +123,10 @@ def pack_blocks(
     """
     parts = {name: _Part(texts, spans) for name, texts in source.parts(pack, rows).items()}
     wanted = seq_len * num_blocks
+    if wanted > _MOST_TOKENS:
+        raise PackError(
+            f"num_blocks x seq_len: found {num_blocks} x {seq_len} tokens, expected at most {_MOST_TOKENS}; lower one of them"
+        )
     tokens, kept, of_row = np.empty(wanted, np.int32), np.zeros(wanted, bool), np.empty(wanted, np.int32)
     digest, rows_seen, filled = hashlib.sha256(), 0, 0
     for row, ids, offsets in _tokenized(_in_turn(parts.values()), tokenizer):
@@ -225,18 +231,44 @@ def _in_split(text: str, split: str) -> bool:
 def _read(path: Path, split: str) -> Iterator[str | None]:
     from .row_stream import stream_text
 
-    for text in stream_text(path):
-        yield text if text and _in_split(text, split) else None
-
-
-def _check_text_column(path: Path) -> None:
+    read = 0
     try:
-        schema = pq.read_schema(path)
-    except pa.ArrowInvalid as error:
-        raise PackError(f"{path} is not a readable parquet file ({error}). Fetch it again.") from error
-    found = {name: str(schema.field(name).type) for name in schema.names}
-    if found.get("text") not in ("string", "large_string", "string_view"):
-        raise PackError(f"{path}: expected a string column 'text', found columns {found}")
+        expected = pq.read_metadata(path).num_rows
+        for text in stream_text(path):
+            read += 1
+            yield text if text and _in_split(text, split) else None
+    except _UNREADABLE as cause:
+        raise PackError(f"{path} cannot be read on from row {read} ({cause}). Fetch it again.") from cause
+    if read != expected:
+        raise PackError(f"{path} gave {read} rows, its footer says {expected}: it is damaged. Fetch it again.")
+
+
+def _require_names(source: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise PackError(f"{source}: two pack files share a name: {names}. Rename one; a pack's name is its stem.")
+    for name in names:
+        if name == UNION:
+            raise PackError(f"{source}: a pack file is named {UNION}, as all packs together are. Rename it.")
+        if not re.fullmatch(r"[\w.+-]([\w .+-]*[\w.+-])?", name):
+            raise PackError(
+                f"{source}: found {name!r} for a pack's name, expected letters, digits, '_', '.', '+', '-' and spaces within. "
+                "Rename the file."
+            )
+
+
+def _require_text(path: Path) -> None:
+    """A parquet file with rows and a string column ``text``; only its footer is read."""
+    require_file(path, PackError, "name a parquet file")
+    try:
+        footer = pq.read_metadata(path)
+        found = [(field.name, str(field.type)) for field in footer.schema.to_arrow_schema()]
+    except _UNREADABLE as cause:
+        raise PackError(f"{path} is not a readable parquet file ({cause}). Fetch it again.") from cause
+    of_text = [kind for name, kind in found if name == "text"]
+    if len(of_text) != 1 or of_text[0] not in ("string", "large_string", "string_view"):
+        raise PackError(f"{path}: expected one string column 'text', found columns {found}")
+    if not footer.num_rows:
+        raise PackError(f"{path} has no rows; leave it out, or fetch it again")
 
 
 def _find_files(source: str, pack_files: list[str] | None) -> dict[str, Path]:
@@ -252,7 +284,7 @@ def _find_files(source: str, pack_files: list[str] | None) -> dict[str, Path]:
             f"packs: {folder} has no parquet file" if pack_files is None else "pack_files: the list is empty"
         )
     for name in found:
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.parquet"))
             raise PackError(f"packs: {folder} has no file {name!r}; it has {there}")
     return {name: folder / name for name in found}
