@@ -13,6 +13,7 @@ from test_report import GATES
 
 from eaftlib.errors import ResultError
 from eaftlib.evaluation import results
+from eaftlib.evaluation.statistics import aggregate
 from eaftlib.report import conflicts, model, page
 
 KEY = ("UNION", 40)
@@ -30,7 +31,11 @@ def candidate(scored):
         nll[index], entropy[index] = 60 - 10 * place, 0
     tokens[KEY] = replace(tokens[KEY], nll=nll, entropy=entropy)
     folder = scored.parent / "with-candidate"
-    results.write(folder, "sure", {**base.meta, "label": "sure"}, base.entries, tokens)
+    aggregates = {
+        key: aggregate(part, base.num_blocks(key[1]), base.meta["cc_quantile"]) for key, part in tokens.items()
+    }
+    entries = {key: entry | {"model": aggregates[key]} for key, entry in base.entries.items()}
+    results.write(folder, "sure", {**base.meta, "label": "sure"}, entries, tokens)
     for file in scored.glob("base.*"):
         shutil.copy(file, folder)
     return folder

@@ -426,7 +426,7 @@ def spoil_code(folder, content):
         (lambda f, c: (f / "base.json").unlink(), "base.json'] are missing"),
         (spoil_schema, "not a valid result"),
         (spoil_number, "tok_s_pred is nan"),
-        (spoil_blocks, "num_blocks is 4, expected 3"),
+        (spoil_blocks, "meta.num_blocks says, 4"),
         (spoil_length, "has no pack_a at 40"),
         (spoil_code, "base.json: code_sha256 is 0"),
         (spoil_tokens, "base.tokens.parquet is not the file that base.json was written with"),
