@@ -52,6 +52,12 @@ def test_every_damage_is_refused_or_changes_nothing(model_folder, undamaged, tmp
         shutil.rmtree(folder)
 
 
+def test_an_index_leads_out_to_no_file_even_if_that_is_whole(copy):
+    faults.index_cases()["index leads out to a whole shard"](copy)
+    with pytest.raises(CheckpointError, match=r"in '\.\./outside\.safetensors', expected the name of a file beside it"):
+        Checkpoint(str(copy))
+
+
 @pytest.mark.parametrize("beyond", [False, True])
 def test_the_last_row_of_the_embedding_is_the_largest_id(copy, beyond):
     largest = world.VOCAB - 1 + beyond
