@@ -5,7 +5,7 @@ DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
 
-.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-follow kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -79,6 +79,10 @@ notebook_report := 04_report
 kaggle-push: $(READY)
 	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS='params/MODEL/eval-*.yaml' [AT_LIMIT=stop] [RESUME=1]"; exit 2; }
 	$(PY) -m eaftlib kaggle push $(PARAMS) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT)) $(if $(RESUME),--resume)
+
+# Stays until runs are verified, over as many sessions as they take.
+kaggle-follow: $(READY)
+	$(PY) -m eaftlib kaggle follow $(RUNS) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT))
 
 kaggle-status kaggle-pull: $(READY)
 	$(PY) -m eaftlib kaggle $(@:kaggle-%=%) $(RUNS)

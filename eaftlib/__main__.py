@@ -89,6 +89,10 @@ def _add_kaggle(commands) -> None:
     push.add_argument("--at-limit", choices=("wait", "stop"), default="wait", help="no session or no quota left")
     push.add_argument("--resume", action="store_true", help="push failed runs again, with the results they have")
     push.set_defaults(run=_kaggle_push)
+    follow = actions.add_parser("follow", help="stay until runs are verified, over as many sessions as they take")
+    follow.add_argument("runs", nargs="*", help="names in kaggle_runs/; if none is given, all that are not settled")
+    follow.add_argument("--at-limit", choices=("wait", "stop"), default="wait", help="no session or no quota left")
+    follow.set_defaults(run=_kaggle_follow)
     for name, what in (("status", "ask how runs are getting on"), ("pull", "bring results back and check them")):
         action = actions.add_parser(name, help=what)
         action.add_argument("runs", nargs="*", help="names in kaggle_runs/; all if none is given")
@@ -127,6 +131,14 @@ def _kaggle_push(options) -> int:
     return int(any(entry.state == "failed" for entry in pushed))
 
 
+def _kaggle_follow(options) -> int:
+    from .kaggle import finishing
+    from .kaggle.service import Service
+
+    followed = finishing.follow(Service(), options.runs, at_limit=options.at_limit)
+    return int(any(entry.state == "failed" for entry in followed))
+
+
 def _kaggle_status(options) -> int:
     from .kaggle import following
     from .kaggle.service import Service
@@ -142,7 +154,8 @@ def _kaggle_pull(options) -> int:
     from .kaggle import pulling
     from .kaggle.service import Service
 
-    return int(any(entry.state == "failed" for entry in pulling.pull(Service(), options.runs)))
+    pulled = pulling.pull(Service(), options.runs)
+    return int(any(entry.state in ("failed", "unfinished") for entry in pulled))
 
 
 def _summary(options) -> int:

@@ -38,11 +38,11 @@ from eaftlib.kaggle.service import Service
 ROOT = Path(__file__).parents[1]
 
 
-def build_run(name="eval", folder="built", attempt=1, **changes):
+def build_run(name="eval", folder="built", **changes):
     """Build in the working directory; returns the plan."""
     settings = build.read_settings()
     plan = build.plan(Path(write_params(Path.cwd(), name, **changes)), settings)
-    build.build(plan, settings, Path(folder), "tester", attempt=attempt)
+    build.build(plan, settings, Path(folder), "tester")
     return plan
 
 
@@ -96,7 +96,7 @@ def test_the_embedded_wheel_is_the_library(here, tmp_path):
     build_run()
     wheel = tmp_path / "eaftlib-0.1.0-py3-none-any.whl"
     wheel.write_bytes(embedded_wheel(cells_of()))
-    assert wheel.stat().st_size < 400_000
+    assert wheel.stat().st_size < 500_000
     run = next(c.source for c in cells_of() if c.source.startswith("RUN = "))
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() in run and code.code_sha256() in run
     with zipfile.ZipFile(wheel) as archive:
@@ -126,7 +126,7 @@ def test_the_notebook_of_the_real_regime_is_far_from_the_limit(here):
     settings = build.read_settings()
     plan = build.plan(file.relative_to(here), settings)
     build.build(plan, settings, Path("built"), "tester")
-    assert (here / "built" / "notebook.ipynb").stat().st_size < 400_000
+    assert (here / "built" / "notebook.ipynb").stat().st_size < 500_000
     metadata = json.loads((here / "built" / "kernel-metadata.json").read_text())
     assert (
         metadata["model_sources"] == ["openai/gpt-oss-20b/transformers/default/1"] and metadata["dataset_sources"] == []
@@ -434,7 +434,7 @@ def test_the_deadline_stops_whatever_runs(session, monkeypatch):
     session._set_deadline()
     assert timers == [(0.05, 30)]  # and again, should it fall where errors are caught
     try:
-        with pytest.raises(TimeoutError, match=r"deadline of 0\.05 s is over; .* make kaggle-push .* RESUME=1"):
+        with pytest.raises(TimeoutError, match=r"deadline of 0\.05 s is over; .* make kaggle-follow goes on from it"):
             signal.pause()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -445,7 +445,7 @@ def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, 
     assert entry.state == "failed" and words in entry.steps[-1].note, entry.steps[-1].note
     assert words in said[0]
     assert not entry.result_folder.exists()
-    assert (entry.failed_folder(1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
+    assert (entry.left_folder(1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
 
 
 @pytest.mark.parametrize("name", ["base.json", "base.tokens.parquet"])
@@ -465,7 +465,7 @@ def test_a_404_page_is_not_a_result(here, server, name, status):
     (entry,) = pulling.pull(impatient())
     words = {404: f"{name}: Kaggle answered 404: 404 We can't find that page.", 200: name}
     assert entry.state == "failed" and words[status] in entry.steps[-1].note
-    folder = entry.failed_folder(1)
+    folder = entry.left_folder(1)
     kept = [f.name for f in folder.iterdir() if NOT_FOUND_PAGE in f.read_bytes()]
     assert kept == ([name] if status == 200 else []) and (folder / "session.log").is_file()
 
@@ -658,7 +658,7 @@ def test_a_second_download_that_is_worse_does_not_replace_the_first(here, server
     (entry,) = pulling.pull(impatient())
     server.missing_files["eaft_run.json"] = 404
     assert pulling.pull(impatient(), [run])[0].state == "failed"
-    assert (entry.failed_folder(1) / "eaft_run.json").is_file()
+    assert (entry.left_folder(1) / "eaft_run.json").is_file()
 
 
 def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
@@ -731,7 +731,7 @@ def test_a_parquet_with_damaged_pages_is_not_carried_along(here, server, play):
     run = push_one(here, server)
     pulling.pull(impatient())
     with pytest.raises(ResultError, match=r"base\.tokens\.parquet cannot be read"):
-        results.read_tokens(ledger.find(run).failed_folder(1) / "base.tokens.parquet")
+        results.read_tokens(ledger.find(run).left_folder(1) / "base.tokens.parquet")
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 

@@ -13,7 +13,7 @@ from test_params import RECOVER
 from eaftlib import notebooks, params
 from eaftlib.errors import ResultError
 from eaftlib.files import read_json
-from eaftlib.kaggle import build, job, outcome, pulling, pushing
+from eaftlib.kaggle import build, job, pulling, pushing
 from eaftlib.kaggle.service import Service
 
 KAGGLE = Path(job.__file__).parent
@@ -202,7 +202,7 @@ def test_a_recovery_without_its_tensors_is_none(tmp_path):
 
 def test_a_recovery_that_failed_leaves_nothing_that_an_evaluation_could_go_on_from(tmp_path):
     leave(tmp_path)
-    assert outcome.partial_results(tmp_path) == []
+    assert job.JOBS["03_evaluate"].partial(tmp_path) == ([], 0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The notebooks that run on Kaggle: what each needs beside its parameters, what it leaves, how that is verified."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .ledger import Entry
 
 Parameters = dict[str, Any]
 
+_STATE = "state.safetensors"  # recovery.recover's, which cannot be imported without torch
 _NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "out_dir"}  # where a recovery runs, not what it is
 
 
@@ -35,13 +37,16 @@ class Job:
     """One notebook; its parameters are of the class that ``params.NOTEBOOKS`` gives.
 
     inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
-    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them.
+    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them. partial: what another
+    session can go on from besides the journal of a pass, and how much of the work that holds; unit: in what.
     """
 
     inputs: Callable[[Parameters], list[Input]]
     files: Callable[[Parameters], list[str]]
     verify: Callable[[Path, Entry], None]
     folder: Callable[[Parameters], str] = lambda parameters: parameters["out_dir"]
+    partial: Callable[[Path], tuple[list[Path], int]] = lambda folder: ([], 0)
+    unit: str = "results"
 
 
 def _sources(parameters: Parameters) -> list[Input]:
@@ -111,6 +116,35 @@ def _verify_result(path: Path, entry: Entry) -> None:
             result.tokens(pack, seq_len)
 
 
+def _finished_passes(folder: Path) -> tuple[list[Path], int]:
+    """Results of whole passes, each with its tokens."""
+    sound = {f: passes for f in sorted(folder.glob("*.json")) if (passes := _passes(f))}
+    return [f for json_file in sound for f in (json_file, results.tokens_path(json_file))], sum(sound.values())
+
+
+def _passes(path: Path) -> int:
+    """How many a result holds; 0 where it cannot be read: a session that was killed may have cut it short."""
+    try:
+        found = results.read(path)
+        results.read_tokens(results.tokens_path(path))
+    except ResultError:
+        return 0
+    return len(found.entries)
+
+
+def _steps_so_far(folder: Path) -> tuple[list[Path], int]:
+    """A training's state, which goes on at its last look."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / _STATE
+    try:
+        with safe_open(path, "numpy") as opened:
+            curve = json.loads(opened.metadata()["curve"])
+    except (OSError, SafetensorError):  # there is none, or it was cut short
+        return [], 0
+    return [path], curve[-1]["step"]
+
+
 def _verify_recovery(path: Path, entry: Entry) -> None:
     from pydantic import ValidationError
 
@@ -161,11 +195,13 @@ def _require(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 JOBS = {
     "01_rank": Job(_sources, lambda parameters: ["ranking.json", "saliency.parquet"], _verify_ranking),
-    "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result),
+    "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result, partial=_finished_passes, unit="passes"),
     "05_recover": Job(
         _sources_ranking_and_init,
         lambda parameters: [recovery.RECORD, recovery.TENSORS],  # of these the checkpoint can be made anywhere
         _verify_recovery,
         folder=lambda parameters: f"{Path(parameters['out_dir'])}.training",
+        partial=_steps_so_far,
+        unit="steps",
     ),
 }
