@@ -414,6 +414,10 @@ def run_of(version):
     return ast.literal_eval(ast.parse(start).body[0].value)
 
 
+def log_of(version):
+    return "".join(line["data"] for line in json.loads(version.log))
+
+
 def assert_loopback(environment):
     """Where the client would send its calls, asked in a process of its own that makes none."""
     subprocess.run([sys.executable, "-c", _CHECK_ENDPOINT], env=environment, check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from kaggle_server import HF_TOKEN, KEY, OWNER, assert_loopback, session_environment, write_params
+from kaggle_server import HF_TOKEN, KEY, OWNER, assert_loopback, log_of, session_environment, write_params
 
 from eaftlib import project as code
 from eaftlib.engine import placement as devices
@@ -43,10 +43,6 @@ def command(project, server, tmp_path):
 
 def ledger_of(project, run):
     return json.loads((project / "kaggle_runs" / run / "run.json").read_text())
-
-
-def log_of(version):
-    return "".join(line["data"] for line in json.loads(version.log))
 
 
 def assert_no_token_is_kept(project, version):

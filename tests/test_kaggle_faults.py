@@ -486,7 +486,8 @@ def test_a_session_without_any_output_keeps_its_log_and_shows_the_last_traceback
     push_one(here, server)
     said = []
     (entry,) = pulling.pull(impatient(), say=said.append)
-    assert "eaft_run.json does not exist" in entry.steps[-1].note and entry.steps[-1].note.startswith("ERROR")
+    assert entry.state == "unfinished" and entry.steps[-1].note.startswith("session 1 left 0 passes")
+    assert "ERROR | eaft_run.json does not exist" in entry.steps[-1].note
     assert said[1].split() == "Traceback (most recent call last): two MemoryError: of the image".split()
 
 
@@ -603,9 +604,9 @@ def test_an_attempt_before_that_left_nothing_is_not_taken_for_this_one(here, ser
     """The first session left no outcome at all; right after the second push, the service still shows that."""
     server.session = lambda version: "ERROR"
     run = push_one(here, server)
-    assert pulling.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "unfinished"
     server.session = play
-    push(here, "eval", resume=True)
+    push(here, "eval")
     server.wait(run)
     newest = server.kernels[run].pop()
     assert pulling.pull(impatient())[0].state == "submitted"

@@ -11,13 +11,13 @@ import pytest
 from kaggle_server import assert_loopback, session_environment
 from test_kaggle_faults import files_of, impatient, push
 
-from eaftlib.kaggle import build, ledger, pulling, pushing
+from eaftlib.kaggle import build, finishing, ledger, pulling, pushing
 from eaftlib.kaggle.service import Service
 
 # Children of a server process that has imported everything once: each begins as a clean copy, without threads.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
-    ["eaftlib.kaggle.build", "eaftlib.kaggle.pulling", "eaftlib.kaggle.pushing", "kagglesdk.kaggle_client"]
+    ["eaftlib.kaggle.finishing", "eaftlib.kaggle.pulling", "eaftlib.kaggle.pushing", "kagglesdk.kaggle_client"]
 )
 FILE_EVENTS = ("os.rename", "os.mkdir", "shutil.rmtree", "os.remove")
 
@@ -40,6 +40,8 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     service = Service(first_wait=0.01, longest_wait=0.02)
     if command == "push":
         pushing.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
+    elif command == "follow":
+        finishing.follow(service, poll_seconds=0.02)
     else:
         pulling.pull(service)
 

@@ -51,9 +51,7 @@ def push(
         limit = submit_queued(service, runs, settings.gpu_sessions, say)
         waiting = [run for run in runs if ledger.find(run).state in ("queued", "pushing")]
         if not waiting:
-            say(
-                "nothing left to submit; make kaggle-follow stays until they are verified, make kaggle-pull brings what has ended"
-            )
+            say("nothing left to submit; make kaggle-follow stays until all are verified, make kaggle-pull looks once")
             return [ledger.find(run) for run in runs]
         if at_limit == "stop":
             raise type(limit)(f"{limit}; {len(waiting)} run(s) wait: repeat the command later")
