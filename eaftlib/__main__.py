@@ -146,7 +146,7 @@ def _kaggle_status(options) -> int:
     service = Service()
     for entry in following.follow(service, options.runs):
         print(following.describe(entry))
-    print(service.quota())
+    print(service.quota() or "Kaggle does not say how many GPU hours are left")
     return 0
 
 

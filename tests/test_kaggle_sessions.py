@@ -17,16 +17,13 @@ from test_kaggle_faults import LIMITS, files_of, impatient, push
 from test_kaggle_job import ASKED
 
 from eaftlib import project
-from eaftlib.engine import journal, placement, traversal
+from eaftlib.engine import journal
 from eaftlib.errors import KaggleError
 from eaftlib.evaluation import results
-from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.kaggle import finishing, following, ledger, pulling, pushing, sessions
 from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import LimitReached, QuotaReached
-from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.recovery import recover
-from eaftlib.text.packs import PackSource
 
 child = test_kaggle_kills.child  # a fixture
 
@@ -393,15 +390,13 @@ def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, s
     assert len(server.kernels[entry.run]) == 4 and not (server.latest(entry.run).working / "journal").exists()
     assert "finished by an earlier run of the same, not repeated: UNION 24\n" in log_of(server.kernels[entry.run][2])
 
-    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 40)
-    settings = {name: TINY[name] for name in ("seq_lens", "num_blocks", "only")}
-    evaluate(
-        Checkpoint("tiny/model"), PackSource("tiny/packs"), placement.place("cpu", "float32"), {"base": None},
-        out_dir=here / "whole", progress=False, **settings,
-    )  # fmt: skip
-    found = entry.result_folder
-    assert (found / "base.tokens.parquet").read_bytes() == (here / "whole" / "base.tokens.parquet").read_bytes()
-    assert entries_of(found / "base.json") == entries_of(here / "whole" / "base.json")
+    executed_with_deadline(server, parts=-1)
+    (whole,) = pushing.push(files_of(here, "whole"), impatient(call_seconds=20), poll_seconds=0.02)
+    (whole,) = follow()
+    assert whole.attempt == 1
+    one, other = entry.result_folder, whole.result_folder
+    assert (one / "base.tokens.parquet").read_bytes() == (other / "base.tokens.parquet").read_bytes()
+    assert entries_of(one / "base.json") == entries_of(other / "base.json")
 
 
 def test_a_ranking_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, monkeypatch):

@@ -38,7 +38,9 @@ class Job:
 
     inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
     ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them. partial: what another
-    session can go on from besides the journal of a pass, and how much of the work that holds; unit: in what.
+    session can go on from besides the journal of a pass, and how much of the work that holds; unit: in what. tokens: how many
+    go through the model, once for each model, or None where parameters do not say. speeds: of a result, tokens and tokens/s of
+    its parts. trains: whether a token costs a training step's.
     """
 
     inputs: Callable[[Parameters], list[Input]]
@@ -47,6 +49,9 @@ class Job:
     folder: Callable[[Parameters], str] = lambda parameters: parameters["out_dir"]
     partial: Callable[[Path], tuple[list[Path], int]] = lambda folder: ([], 0)
     unit: str = "results"
+    tokens: Callable[[Parameters], int | None] = lambda parameters: None
+    speeds: Callable[[Path], list[tuple[int, float]]] = lambda folder: []
+    trains: bool = False
 
 
 def _sources(parameters: Parameters) -> list[Input]:
@@ -132,6 +137,48 @@ def _passes(path: Path) -> int:
     return len(found.entries)
 
 
+def _scored_tokens(parameters: Parameters) -> int | None:
+    """Every pack at every length, once for each model."""
+    asked = params.Evaluate.check(parameters)
+    blocks = asked.blocks_by_length
+    if asked.only is not None:
+        packs = len(asked.only)
+    elif asked.pack_files is not None:
+        packs = len(asked.pack_files) + 1  # and UNION
+    elif Path(asked.packs).is_dir():
+        packs = len(list(Path(asked.packs).rglob("*.parquet"))) + 1
+    else:
+        return None
+    at_each = ((blocks if isinstance(blocks, int) else blocks[str(n)]) * n for n in asked.seq_lens)
+    return packs * sum(at_each) * len(asked.keep_sets)
+
+
+def _ranked_tokens(parameters: Parameters) -> int:
+    return parameters["num_blocks"] * parameters["seq_len"]
+
+
+def _trained_tokens(parameters: Parameters) -> int:
+    """Of all steps, and of the looks at the text that is held back: cheaper, counted as if trained on."""
+    looks = 1 + parameters["steps"] // parameters["check_every"]
+    blocks = parameters["steps"] * parameters["batch_blocks"] + looks * parameters["held_out_blocks"]
+    return blocks * parameters["seq_len"]
+
+
+def _scoring_speeds(folder: Path) -> list[tuple[int, float]]:
+    speeds = []
+    for result in results.read_all([str(folder)]):
+        for (_, seq_len), entry in result.entries.items():
+            blocks = result.meta["num_blocks"]
+            tokens = (blocks if isinstance(blocks, int) else blocks[str(seq_len)]) * seq_len
+            speeds.append((tokens, entry["model"]["tok_s_pred"]))
+    return speeds
+
+
+def _training_speeds(folder: Path) -> list[tuple[int, float]]:
+    last = read_json(folder / recovery.RECORD, ResultError, "pull again")["curve"][-1]
+    return [(last["tokens"], last["tokens"] / last["seconds"])] if last["tokens"] else []
+
+
 def _steps_so_far(folder: Path) -> tuple[list[Path], int]:
     """A training's state, which goes on at its last look."""
     from safetensors import SafetensorError, safe_open
@@ -194,8 +241,21 @@ def _require(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 
 JOBS = {
-    "01_rank": Job(_sources, lambda parameters: ["ranking.json", "saliency.parquet"], _verify_ranking),
-    "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result, partial=_finished_passes, unit="passes"),
+    "01_rank": Job(
+        _sources,
+        lambda parameters: ["ranking.json", "saliency.parquet"],
+        _verify_ranking,
+        tokens=_ranked_tokens,
+    ),
+    "03_evaluate": Job(
+        _sources_and_rankings,
+        _result_files,
+        _verify_result,
+        partial=_finished_passes,
+        unit="passes",
+        tokens=_scored_tokens,
+        speeds=_scoring_speeds,
+    ),
     "05_recover": Job(
         _sources_ranking_and_init,
         lambda parameters: [recovery.RECORD, recovery.TENSORS],  # of these the checkpoint can be made anywhere
@@ -203,5 +263,8 @@ JOBS = {
         folder=lambda parameters: f"{Path(parameters['out_dir'])}.training",
         partial=_steps_so_far,
         unit="steps",
+        tokens=_trained_tokens,
+        speeds=_training_speeds,
+        trains=True,
     ),
 }

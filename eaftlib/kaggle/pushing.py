@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import KaggleError
-from . import build, ledger, sessions
+from . import build, forecast, ledger, sessions
 from .build import Plan, Settings
 from .following import Say, arrived, counts, describe, refresh, say_now
 from .ledger import Busy, Entry
@@ -35,7 +35,7 @@ def push(
     poll_seconds: float = POLL_SECONDS,
     say: Say = say_now,
 ) -> list[Entry]:
-    """Queue a run for each file, and submit all, no more at a time than the account may have.
+    """Say what new runs will take, queue one for each file, and submit all, no more at a time than the account may have.
 
     A run that was submitted before is left alone, but one that its session left unfinished goes on in another; with
     ``resume`` also one that failed, and whose session is over. A run that the service refuses becomes ``failed``, and the
@@ -44,6 +44,7 @@ def push(
     settings = build.read_settings()
     # A mistake in one is found before any is queued.
     plans = [build.plan(Path(file), settings) for file in params_files]
+    forecast.announce([plan for plan in plans if not ledger.find(plan.run)], settings, service, say)
     runs = [_queue(plan, settings, service, resume, say) for plan in plans]
     _mention_left_behind(plans, say)
     shown = ""
