@@ -54,7 +54,7 @@ demo-candidates: $(READY)
 	$(call execute,05_recover,params/demo/recover-16.yaml)
 
 test: $(READY) browser
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # What a commit must pass besides the tests: style, rooms that import downwards, notebooks that are exactly their sources.
 check: $(READY)

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import EaftError
+
+Shape = TypeVar("Shape")  # a pydantic model
 
 
 def read_json(path: Path, error: type[EaftError], advice: str) -> dict:
@@ -19,13 +23,61 @@ def read_json(path: Path, error: type[EaftError], advice: str) -> dict:
 
 
 def parse_json(path: Path, error: type[EaftError], advice: str) -> object:
-    """Whatever a JSON file holds."""
+    """Whatever a JSON file holds. NaN, a name given twice, and text that UTF-8 cannot hold are errors too."""
+    require_file(path, error, advice)
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise error(f"{path} does not exist; {advice}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_name_once)
+        if "\\u" in text:  # the only way to a lone half of a surrogate pair
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause}); {advice}") from cause
+    except RecursionError:
+        raise error(f"{path} is nested too deeply to be read; {advice}") from None
+    except ValueError as cause:  # no JSON, no UTF-8, an integer of more digits than Python converts
         raise error(f"{path} is not JSON ({cause}): it was cut short or is another kind of file; {advice}") from cause
+
+
+def read_typed(path: Path, shape: type[Shape], error: type[EaftError], advice: str) -> Shape:
+    """A JSON file as a pydantic model; the first field that is wrong is named with what was found and expected."""
+    content = read_json(path, error, advice)
+    return typed(content, shape, f"{path}", error, advice)
+
+
+def typed(content: object, shape: type[Shape], where: str, error: type[EaftError], advice: str) -> Shape:
+    """``content`` as a pydantic model; ``where`` it is from begins the message of the error."""
+    from pydantic import ValidationError
+
+    try:
+        return shape.model_validate(content)
+    except ValidationError as cause:
+        first, *others = cause.errors(include_url=False)
+        field = ".".join(map(str, first["loc"])) or "the file"
+        found = "" if first["type"] in ("missing", "value_error") else f", found {reprlib.repr(first['input'])}"
+        more = f" ({len(others)} more problems)" if others else ""
+        what = first["msg"].removeprefix("Value error, ")
+        raise error(f"{where}: {field}: {what}{found}{more}; {advice}") from None
+
+
+def require_file(path: Path, error: type[EaftError], advice: str) -> None:
+    """A regular file: a folder cannot be read, and reading a FIFO or a device may never end."""
+    if not os.path.exists(path):
+        raise error(f"{path} does not exist; {advice}")
+    if not os.path.isfile(path):
+        raise error(f"{path} is no file, but a folder or a device; {advice}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"found {name}, which is no number of JSON")
+
+
+def _each_name_once(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{reprlib.repr(twice)} is given twice in one object")
+    return content
 
 
 def sha256(path: Path) -> str:

@@ -28,28 +28,8 @@ from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.text.harmony import completion_spans
 from eaftlib.text.packs import PackSource, pack_blocks
 
-# Files that take longest begin first, so that two workers end together.
-SLOWEST = (
-    "test_notebooks",
-    "test_kaggle_end_to_end",
-    "test_launch",
-    "test_kaggle_faults",
-    "test_journal",
-    "test_page",
-    "test_kaggle_kills",
-    "test_ranks",
-    "test_evidence",
-    "test_kaggle_build",
-    "test_report",
-    "test_recovery",
-    "test_publish",
-    "test_snapshot",
-)
-
 
 def pytest_collection_modifyitems(items):
-    order = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -208,7 +208,7 @@ def test_other_json_is_no_result(path, text):
 
 def test_nan_in_a_file_is_refused(path):
     path.write_text(path.read_text().replace('"ppl": ', '"ppl": NaN, "old": ', 1))
-    with pytest.raises(ResultError, match="ppl"):
+    with pytest.raises(ResultError, match="found NaN"):
         results.read(path)
 
 

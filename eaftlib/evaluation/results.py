@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import ResultError
-from ..files import parse_json, read_json, sha256, write_atomically, write_json
+from ..files import parse_json, read_json, sha256, typed, write_atomically, write_json
 from .identity import Identity, Question
 from .statistics import Tokens
 
@@ -110,21 +110,12 @@ def write(
 
 def read(path: str | Path) -> Result:
     """Read and validate one result JSON, of this shape or the earlier one. Raises ResultError naming what is wrong."""
-    from pydantic import ValidationError
-
     from .schema import ResultFile
 
     path = Path(path)
-    content = read_json(path, ResultError, "remove it if it is damaged, and run 03_evaluate")
-    try:
-        ResultFile.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ResultError(
-            f"{path} is not a valid result: {where}: {first['msg']} ({error.error_count()} problems). Remove it, and "
-            "evaluate again."
-        ) from error
+    advice = "remove it if it is damaged, and run 03_evaluate"
+    content = read_json(path, ResultError, advice)
+    typed(content, ResultFile, str(path), ResultError, advice)
     return Result(path, content["meta"].get("label", path.stem), content)
 
 
