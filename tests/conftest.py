@@ -108,6 +108,14 @@ def image(tmp_path_factory):
     return kaggle_server.make_image(tmp_path_factory.mktemp("image") / "venv")
 
 
+@pytest.fixture(scope="session")
+def forks(image, tmp_path_factory):
+    """Sessions in processes that begin with torch loaded."""
+    forks = kaggle_server.fork_image(image, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
 def server(tmp_path, image):
     server = kaggle_server.KaggleServer(tmp_path / "server", image=image)

@@ -25,13 +25,14 @@ from IPython.core.interactiveshell import InteractiveShell
 from kaggle_server import HF_TOKEN, TINY, run_of, write_params
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_kaggle_faults import submit
 from traitlets.config import Config
 
 from eaftlib import params
 from eaftlib import project as code
 from eaftlib.errors import KaggleError, ParameterError, ResultError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import build, ledger, outcome, pulling, pushing, setup_cell
+from eaftlib.kaggle import build, ledger, outcome, pulling, setup_cell
 from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import Service
 
@@ -674,10 +675,10 @@ def test_results_of_several_notebooks_in_one_folder_do_not_replace_each_other(ex
     assert written.read_text() == "another run's"
 
 
-def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_layout(here, server, monkeypatch):
+def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_layout(here, server, forks, monkeypatch):
     """Executed: the wheel mounted, internet off; rankings come back checked like results, and go along with a sweep."""
     monkeypatch.setattr(build, "WHEEL_LIMIT", 1000)
-    server.session, server.old_layout = server.execute, True
+    server.session, server.forks, server.old_layout = server.execute_in_fork, forks, True
     settings = here / "params" / "kaggle.yaml"
     settings.write_text(settings.read_text().replace("internet: true", "internet: false"))
     names = ("model", "packs", "device", "dtype")
@@ -691,7 +692,7 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     file = here / "params" / "rank.yaml"
     file.write_text(yaml.safe_dump(values))
     service = Service()
-    (entry,) = pushing.push([Path("params/rank.yaml")], service)
+    (entry,) = submit([Path("params/rank.yaml")], service)
     version = server.wait(entry.run)
     assert version.request.get("enableInternet") is False and run_of(version)["internet"] is False
     (entry,) = pulling.pull(service)
@@ -715,7 +716,7 @@ def test_a_ranking_and_what_it_chooses_run_on_an_offline_image_of_the_earlier_la
     sweep = write_params(
         here, "sweep", label=None, keep_set=[{"label": "base"}, {"label": "reap-4"} | keep], seq_lens=[24]
     )
-    (entry,) = pushing.push([Path(sweep)], service)
+    (entry,) = submit([Path(sweep)], service)
     version = server.wait(entry.run)
     (entry,) = pulling.pull(service)
     assert entry.state == "verified", entry.steps[-1].note + version.log

@@ -83,10 +83,10 @@ def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tm
     params = "params/demo.yaml"
     (project / params).write_text(yaml.safe_dump(settings | demo))
 
-    said = command("eaftlib", "kaggle", "push", params)
+    said = command("eaftlib", "kaggle", "push", "--until", "submitted", params)
     (run,) = server.kernels
     assert f"{run}  submitted, version 1: https://www.kaggle.com/code/{OWNER}/{run}" in said
-    command("eaftlib", "kaggle", "push", params)  # repeated: nothing new
+    command("eaftlib", "kaggle", "push", "--until", "submitted", params)  # repeated: nothing new
     server.latest(run).stale = 1
     version = server.wait(run)
     assert f"{run}  running" in command("eaftlib", "kaggle", "status")
@@ -122,10 +122,11 @@ def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tm
     assert_no_token_is_kept(project, version)
 
 
-def test_built_by_hand_and_pushed_with_the_client(project, server, command, model_folder):
+def test_built_by_hand_and_pushed_with_the_client(project, server, command, model_folder, forks):
     """The two commands that `build` prints; the model is mounted where Kaggle mounts models now."""
     source = "someone/tiny-gpt-oss/transformers/default/1"
     server.models[source] = model_folder
+    server.session, server.forks = server.execute_in_fork, forks
     settings = project / "params" / "kaggle.yaml"
     settings.write_text(settings.read_text().replace("inputs:", f"inputs:\n  tiny/model: {source}"))
     said = command("eaftlib", "kaggle", "build", write_params(project, "eval", only=["UNION"], seq_lens=[24]), "built")
@@ -141,15 +142,15 @@ def test_built_by_hand_and_pushed_with_the_client(project, server, command, mode
     assert json.loads((version.working / "eaft_run.json").read_text())["status"] == "complete"
 
 
-def test_a_session_stops_at_its_deadline_and_says_so(project, server, command):
+def test_a_session_stops_at_its_deadline_and_says_so(project, server, command, forks):
     def hung(version):
         text = re.sub(r"'deadline_seconds': \d+", "'deadline_seconds': 2", version.request["text"])
         trap = "Session._install = lambda *a: time.sleep(40)\\nsession.start("
         version.request["text"] = text.replace("session.start(", trap)
-        return server.execute(version)
+        return server.execute_in_fork(version)
 
-    server.session = hung
-    command("eaftlib", "kaggle", "push", write_params(project, "eval"))
+    server.session, server.forks = hung, forks
+    command("eaftlib", "kaggle", "push", "--until", "submitted", write_params(project, "eval"))
     (run,) = server.kernels
     version = server.wait(run)
     content = json.loads((version.working / "eaft_run.json").read_text())
@@ -159,7 +160,7 @@ def test_a_session_stops_at_its_deadline_and_says_so(project, server, command):
     assert "left 0 passes" in said and "make kaggle-follow goes on from it" in said and "Traceback" not in said
 
 
-def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it_has(project, server, command):
+def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it_has(project, server, command, forks):
     """The first attempt is killed after its second pass; the second scores only what is left."""
     params = write_params(project, "eval")
 
@@ -173,7 +174,7 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
         return server.execute(version)
 
     server.session = killed_in_its_third_pass
-    command("eaftlib", "kaggle", "push", params)
+    command("eaftlib", "kaggle", "push", "--until", "submitted", params)
     (run,) = server.kernels
     assert server.wait(run).status == "ERROR"
     said = command("eaftlib", "kaggle", "pull", status=1)
@@ -184,8 +185,8 @@ def test_a_failing_session_is_marked_with_its_traceback_and_resumed_with_what_it
     assert "Ending Cell" in (failed / "session.log").read_text()
 
     assert len(server.kernels[run]) == 1  # not by itself
-    server.session = server.execute
-    said = command("eaftlib", "kaggle", "push", params)
+    server.session, server.forks = server.execute_in_fork, forks
+    said = command("eaftlib", "kaggle", "push", "--until", "submitted", params)
     assert "resumes with base.json, base.tokens.parquet" in said and "version 2" in said
     assert sorted(len(files) for files in server.datasets.values()) == [2, 13]  # the model was not sent again
     version = server.wait(run)
@@ -208,7 +209,7 @@ def test_an_error_in_the_notebook_is_in_its_outcome_and_its_output(project, serv
         return server.execute(version)
 
     server.session = telling
-    command("eaftlib", "kaggle", "push", write_params(project, "eval", num_blocks=4000))
+    command("eaftlib", "kaggle", "push", "--until", "submitted", write_params(project, "eval", num_blocks=4000))
     (run,) = server.kernels
     version = server.wait(run)
     said = command("eaftlib", "kaggle", "pull", status=1)

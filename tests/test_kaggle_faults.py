@@ -42,8 +42,15 @@ def files_of(project, *names):
     return [Path(write_params(project, name, out_dir=f"outputs/{name}")) for name in names]
 
 
+def submit(files, service, resume=False, **options):
+    """What `kaggle push --until submitted` does."""
+    said = {"say": options["say"]} if "say" in options else {}
+    runs = pushing.queue(files, service, resume=resume, **said)
+    return pushing.submit(service, runs, poll_seconds=0.02, **options)
+
+
 def push(project, *names, **options):
-    return pushing.push(files_of(project, *names), impatient(), poll_seconds=0.02, **options)
+    return submit(files_of(project, *names), impatient(), **options)
 
 
 def push_one(project, server):
@@ -290,7 +297,16 @@ def test_an_interrupted_wait_says_that_it_can_be_repeated(here, server, tmp_path
     environment = session_environment(tmp_path) | server.environment(tmp_path)
     assert_loopback(environment)
     server.refusals.extend([LIMITS[0]] * 99)
-    command = [sys.executable, "-m", "eaftlib", "kaggle", "push", *map(str, files_of(here, "eval"))]
+    command = [
+        sys.executable,
+        "-m",
+        "eaftlib",
+        "kaggle",
+        "push",
+        "--until",
+        "submitted",
+        *map(str, files_of(here, "eval")),
+    ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = next(line for line in process.stdout if "waiting" in line)
     process.send_signal(signal.SIGINT)
@@ -304,7 +320,7 @@ def test_two_terminals_push_each_run_once(here, server):
     files = files_of(here, *(f"eval-{i}" for i in range(4)))
 
     def terminal(files):
-        pushing.push(files, impatient(), poll_seconds=0.02, say=lambda line: None)
+        submit(files, impatient(), say=lambda line: None)
 
     terminals = [threading.Thread(target=terminal, args=(order,)) for order in (files, files[::-1])]
     for terminal in terminals:
@@ -354,7 +370,7 @@ def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(h
     server.on_call = another
     if answer:
         server.inject("SaveKernel", answer)
-    (entry,) = pushing.push(files_of(here, "eval"), impatient(call_seconds=20), poll_seconds=0.02)
+    (entry,) = submit(files_of(here, "eval"), impatient(call_seconds=20))
     assert seen == ["ended"] and entry.state == "ended"
     assert server.calls.count("SaveKernel") == 1 and len(server.kernels[entry.run]) == 1
 
@@ -362,7 +378,7 @@ def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(h
 def test_another_setting_or_another_file_is_another_run(here, server):
     runs = {push(here, "eval")[0].run}
     (here / "params" / "tiny" / "eval.yaml").unlink()
-    runs |= {pushing.push([Path(write_params(here, "eval", num_blocks=2))], impatient(), poll_seconds=0.02)[0].run}
+    runs |= {submit([Path(write_params(here, "eval", num_blocks=2))], impatient())[0].run}
     (here / "tiny" / "packs").unlink()
     import world
 
@@ -669,7 +685,7 @@ def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
     other.owner = "other"
     said = []
     assert pulling.pull(other, say=said.append) == [] and said == ["nothing to pull: no runs"]
-    for call in (lambda: pulling.pull(other, [run]), lambda: pushing.push(files_of(here, "eval"), other)):
+    for call in (lambda: pulling.pull(other, [run]), lambda: submit(files_of(here, "eval"), other)):
         with pytest.raises(KaggleError, match=f"{run} is a run of tester, and the credentials are of other"):
             call()
     assert states(run) == ["queued", "pushing", "submitted"]
@@ -777,7 +793,7 @@ def test_what_was_queued_for_older_parameters_is_mentioned(here, server):
     (old,) = ledger.entries()
     (here / old.params_file).write_text((here / old.params_file).read_text().replace("num_blocks: 3", "num_blocks: 2"))
     said = []
-    pushing.push([Path(old.params_file)], impatient(), poll_seconds=0.02, say=said.append)
+    submit([Path(old.params_file)], impatient(), say=said.append)
     assert f"{old.run}  of {old.params_file} as it was is still queued; remove kaggle_runs/{old.run}" in said
 
 
@@ -816,7 +832,7 @@ def test_a_log_of_another_shape_is_kept_as_it_is():
 
 def test_a_result_that_lacks_a_pack_is_a_failure_also_where_none_is_named(here, server):
     """only: null means every pack and UNION; what is there has UNION and pack_a."""
-    (entry,) = pushing.push([Path(write_params(here, "eval", only=None))], impatient())
+    (entry,) = submit([Path(write_params(here, "eval", only=None))], impatient())
     server.wait(entry.run)
     (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and "base.json has no pack_b at 24" in entry.steps[-1].note
@@ -936,7 +952,7 @@ def test_a_damaged_ledger_is_named(here, server):
 
 def test_nothing_is_pushed_when_one_file_of_a_batch_is_wrong(here, server):
     with pytest.raises(ParameterError, match=r"params/tiny/b\.yaml: num_blocks"):
-        pushing.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
+        submit([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
     assert not server.calls.count("SaveKernel") and not ledger.entries()
 
 

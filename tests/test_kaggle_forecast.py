@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_kaggle_faults import files_of, impatient
+from test_kaggle_faults import files_of, impatient, submit
 from test_kaggle_job import ASKED
 
 from eaftlib import params
-from eaftlib.kaggle import build, forecast, ledger, pulling, pushing
+from eaftlib.kaggle import build, forecast, ledger, pulling
 from eaftlib.kaggle.job import JOBS
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def finished(server, play, project, name, gpus, speeds):
         content.update(machine={"gpus": gpus})
 
     server.session = lambda version: play(version, change=change)
-    (entry,) = pushing.push(files_of(project, name), impatient(), poll_seconds=0.02, say=lambda line: None)
+    (entry,) = submit(files_of(project, name), impatient(), say=lambda line: None)
     server.wait(entry.run)
     (entry,) = pulling.pull(impatient(), say=lambda line: None)
     assert entry.state == "verified", entry.steps[-1].note
@@ -115,7 +115,7 @@ def test_finished_runs_on_the_accelerator_correct_the_table(here, server, play):
     finished(server, play, here, "b", ["Tesla P100, 15.9 GiB"], {"24": 9e9, "40": 9e9})
     finished(server, play, here, "c", ["Tesla T4, 14.7 GiB"], {"24": 9e9, "40": 9e9})  # one only
     said = []
-    pushing.push(files_of(here, "d"), impatient(), poll_seconds=0.02, say=said.append)
+    submit(files_of(here, "d"), impatient(), say=said.append)
     expected = (2 * 3 * 24 + 2 * 3 * 40) / (2 * 3 * 24 / 10 + 2 * 3 * 40 / 40)
     assert f"384 tokens at {expected:,.0f} tokens/s (of finished runs) of NvidiaTeslaT4: 0.2 h, 1 session(s)" in said[0]
     settings = build.read_settings()
@@ -132,18 +132,18 @@ def test_it_is_said_before_anything_is_pushed_and_not_again(here, server):
     server.quota_hours = 12
     said = []
     say = lambda line: said.append((line, server.calls.count("SaveKernel")))  # noqa: E731
-    pushing.push(files_of(here, "a", "b"), impatient(), poll_seconds=0.02, say=say)
+    submit(files_of(here, "a", "b"), impatient(), say=say)
     assert [line.split("  ")[1].split(" at ")[0] for line, _ in said[:2]] == ["384 tokens"] * 2
     assert said[2] == ("0.3 GPU hours in all; 1 % of the week's 30, of which 12.0 are left", 0)
-    pushing.push(files_of(here, "a"), impatient(), poll_seconds=0.02, say=lambda line: said.append((line, 0)))
+    submit(files_of(here, "a"), impatient(), say=lambda line: said.append((line, 0)))
     assert sum("GPU hours in all" in line for line, _ in said) == 1
 
 
 def test_more_than_is_left_waits_and_a_quota_that_is_not_told_stops_nothing(here, server):
     server.quota_hours = 0.1
     said = []
-    pushing.push(files_of(here, "a"), impatient(), poll_seconds=0.02, say=said.append)
+    submit(files_of(here, "a"), impatient(), say=said.append)
     assert said[1].endswith("0.1 are left: it waits for the next week's")
     server.inject("GetAcceleratorQuotaStatistics", 403)
-    (entry,) = pushing.push(files_of(here, "b"), impatient(), poll_seconds=0.02, say=said.append)
+    (entry,) = submit(files_of(here, "b"), impatient(), say=said.append)
     assert any("what is left is not known (Kaggle answered 403" in line for line in said) and entry.state == "submitted"

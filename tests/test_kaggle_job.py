@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from kaggle_server import run_of
 from safetensors.numpy import save_file
+from test_kaggle_faults import submit
 from test_params import RECOVER
 
 from eaftlib import notebooks, params
 from eaftlib.errors import ResultError
 from eaftlib.files import read_json
-from eaftlib.kaggle import build, job, pulling, pushing
+from eaftlib.kaggle import build, job, pulling
 from eaftlib.kaggle.service import Service
 
 KAGGLE = Path(job.__file__).parent
@@ -85,7 +86,7 @@ def test_another_notebook_is_one_entry(here, server, play, another, steps, state
 
     server.session = session
     service = Service(first_wait=0.01, longest_wait=0.02)
-    (entry,) = pushing.push([another], service, say=lambda line: None)
+    (entry,) = submit([another], service, say=lambda line: None)
     version = server.wait(entry.run)
     assert list(run_of(version)["files"]) == ["tiny/start/last.safetensors"]
     (entry,) = pulling.pull(service, say=lambda line: None)
@@ -147,7 +148,7 @@ def test_a_recovery_carries_what_it_reads_and_brings_back_what_it_trained(here, 
 
     server.session = session
     service = Service(first_wait=0.01, longest_wait=0.02)
-    (entry,) = pushing.push([recover], service, say=lambda line: None)
+    (entry,) = submit([recover], service, say=lambda line: None)
     run = run_of(server.wait(entry.run))
     carried = {name for name in run["files"] if not name.startswith(("tiny/model/", "tiny/packs/"))}
     assert carried == {"tiny/rank/ranking.json", "tiny/rank/saliency.parquet", "tiny/trained.safetensors"}

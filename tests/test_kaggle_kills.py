@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from kaggle_server import assert_loopback, session_environment
-from test_kaggle_faults import files_of, impatient, push
+from test_kaggle_faults import files_of, impatient, push, submit
 
-from eaftlib.kaggle import build, finishing, ledger, pulling, pushing
+from eaftlib.kaggle import build, finishing, ledger, pulling
 from eaftlib.kaggle.service import Service
 
 # Children of a server process that has imported everything once: each begins as a clean copy, without threads.
@@ -39,7 +39,7 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     sys.addaudithook(audit)
     service = Service(first_wait=0.01, longest_wait=0.02)
     if command == "push":
-        pushing.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
+        submit([Path(f"params/tiny/{name}.yaml") for name in names], service)
     elif command == "follow":
         finishing.follow(service, poll_seconds=0.02)
     else:

@@ -1,5 +1,6 @@
 """Runs that are longer than a session: what goes along, when it goes on, when it stops, whoever is killed in between."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,14 +14,14 @@ import test_kaggle_kills
 import yaml
 from kaggle_server import TINY, log_of, run_of
 from safetensors.numpy import load_file, save_file
-from test_kaggle_faults import LIMITS, files_of, impatient, push
+from test_kaggle_faults import LIMITS, files_of, impatient, push, submit
 from test_kaggle_job import ASKED
 
 from eaftlib import project
 from eaftlib.engine import journal
 from eaftlib.errors import KaggleError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import finishing, following, ledger, pulling, pushing, sessions
+from eaftlib.kaggle import finishing, following, ledger, pulling, sessions
 from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import LimitReached, QuotaReached
 from eaftlib.recovery import recover
@@ -351,6 +352,13 @@ def counted(self, observers, flush=journal.Journal.flush, left=[PARTS]):
 journal.Journal.flush = counted"""
 
 
+@pytest.fixture
+def executed(server, forks):
+    """executed(parts, lost): sessions that are executed, and end as ``executed_with_deadline`` says."""
+    server.forks = forks
+    return functools.partial(executed_with_deadline, server)
+
+
 def executed_with_deadline(server, parts, lost=()):
     """Sessions that end at their deadline after so many parts; those numbered ``lost`` leave nothing."""
 
@@ -361,7 +369,7 @@ def executed_with_deadline(server, parts, lost=()):
         assert text.count("session.start(WHEEL)") == 1
         trap = json.dumps("session.start(WHEEL)" + TRAP.replace("PARTS", str(parts)))[1:-1]
         version.request["text"] = text.replace("session.start(WHEEL)", trap)
-        return server.execute(version)
+        return server.execute_in_fork(version)
 
     server.session = session
 
@@ -374,10 +382,10 @@ def entries_of(path):
     return found
 
 
-def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, monkeypatch):
+def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, executed, monkeypatch):
     """Three that compute, one that is lost, the quota used up in between, the driver stopped and started again."""
-    executed_with_deadline(server, parts=5, lost=[2])
-    (entry,) = pushing.push(files_of(here, "eval"), impatient(call_seconds=20), poll_seconds=0.02)
+    executed(parts=5, lost=[2])
+    (entry,) = submit(files_of(here, "eval"), impatient(call_seconds=20))
     server.wait(entry.run)
     server.refusals.append(LIMITS[1])
     with pytest.raises(QuotaReached):
@@ -390,8 +398,8 @@ def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, s
     assert len(server.kernels[entry.run]) == 4 and not (server.latest(entry.run).working / "journal").exists()
     assert "finished by an earlier run of the same, not repeated: UNION 24\n" in log_of(server.kernels[entry.run][2])
 
-    executed_with_deadline(server, parts=-1)
-    (whole,) = pushing.push(files_of(here, "whole"), impatient(call_seconds=20), poll_seconds=0.02)
+    executed(parts=-1)
+    (whole,) = submit(files_of(here, "whole"), impatient(call_seconds=20))
     (whole,) = follow()
     assert whole.attempt == 1
     one, other = entry.result_folder, whole.result_folder
@@ -399,21 +407,21 @@ def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, s
     assert entries_of(one / "base.json") == entries_of(other / "base.json")
 
 
-def test_a_ranking_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, monkeypatch):
+def test_a_ranking_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, executed, monkeypatch):
     """Nothing of it is finished before all is: the journal alone goes along, and is the progress."""
     names = ("model", "packs", "device", "dtype")
     values = {k: TINY[k] for k in names} | {"seq_len": 40, "num_blocks": 5, "criteria": ["reap"], "out_dir": "o/rank"}
     Path("params/rank.yaml").write_text(yaml.safe_dump(values))
-    executed_with_deadline(server, parts=3)
-    pushing.push([Path("params/rank.yaml")], impatient(call_seconds=20), poll_seconds=0.02)
+    executed(parts=3)
+    submit([Path("params/rank.yaml")], impatient(call_seconds=20))
     (entry,) = follow()
     assert entry.state == "verified", entry.steps[-1].note + log_of(server.latest(entry.run))
     (session,) = entry.sessions
     assert entry.attempt == 2 and session.progress and session.finished == 0 and session.journal_bytes > 0
 
-    executed_with_deadline(server, parts=-1)
+    executed(parts=-1)
     Path("params/whole.yaml").write_text(yaml.safe_dump(values))
-    pushing.push([Path("params/whole.yaml")], impatient(call_seconds=20), poll_seconds=0.02)
+    submit([Path("params/whole.yaml")], impatient(call_seconds=20))
     (whole,) = follow()
     folders = whole.result_folder, entry.result_folder
     for name in ("saliency.parquet", "ranking.json"):

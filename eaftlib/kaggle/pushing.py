@@ -26,20 +26,11 @@ class BadDataset(KaggleError):
     """A data set that this run needs is there, but not whole."""
 
 
-def push(
-    params_files: Sequence[Path],
-    service: Service,
-    *,
-    at_limit: Literal["wait", "stop"] = "wait",
-    resume: bool = False,
-    poll_seconds: float = POLL_SECONDS,
-    say: Say = say_now,
-) -> list[Entry]:
-    """Say what new runs will take, queue one for each file, and submit all, no more at a time than the account may have.
+def queue(params_files: Sequence[Path], service: Service, *, resume: bool = False, say: Say = say_now) -> list[str]:
+    """Say what new runs will take and queue one for each file; returns the runs' names.
 
     A run that was submitted before is left alone, but one that its session left unfinished goes on in another; with
-    ``resume`` also one that failed, and whose session is over. A run that the service refuses becomes ``failed``, and the
-    others go on. at_limit ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
+    ``resume`` also one that failed, and whose session is over. Raises KaggleError.
     """
     settings = build.read_settings()
     # A mistake in one is found before any is queued.
@@ -47,7 +38,23 @@ def push(
     forecast.announce([plan for plan in plans if not ledger.find(plan.run)], settings, service, say)
     runs = [_queue(plan, settings, service, resume, say) for plan in plans]
     _mention_left_behind(plans, say)
-    shown = ""
+    return runs
+
+
+def submit(
+    service: Service,
+    runs: Sequence[str],
+    *,
+    at_limit: Literal["wait", "stop"] = "wait",
+    poll_seconds: float = POLL_SECONDS,
+    say: Say = say_now,
+) -> list[Entry]:
+    """Submit all that are queued, no more at a time than the account may have.
+
+    A run that the service refuses becomes ``failed``, and the others go on. at_limit ``stop``: raise LimitReached instead of
+    waiting for a session or for quota. Raises KaggleError.
+    """
+    settings, shown = build.read_settings(), ""
     while True:
         limit = submit_queued(service, runs, settings.gpu_sessions, say)
         waiting = [run for run in runs if ledger.find(run).state in ("queued", "pushing")]
