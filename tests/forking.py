@@ -42,8 +42,8 @@ class Forks:
         )
 
     def close(self):
-        self._server.stdin.close()
-        self._server.wait(30)
+        self._server.kill()
+        self._server.communicate()
 
 
 def _child(wanted):

@@ -295,6 +295,7 @@ def session(tmp_path, monkeypatch):
         "code_sha256": "c",
         "commit": "abc",
         "results_folder": "outputs/x",
+        "brings": [],
     }
     run |= {
         "internet": False,

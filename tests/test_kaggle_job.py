@@ -105,7 +105,7 @@ ASKED = RECOVER | {
     "out_dir": "outputs/recovered-6",
 }  # fmt: skip
 # What a recovery's files say of a run that was asked for ASKED.
-SETTINGS = {name: ASKED[name] for name in ASKED.keys() - {"device", "dtype", "max_gpu_memory", "out_dir"}}
+SETTINGS = {name: ASKED[name] for name in ASKED.keys() - {"device", "dtype", "max_gpu_memory", "publish_to", "out_dir"}}
 TRAINED = {
     "trained": ["routers", "attention"], "attention_rank": 8, "parameters": 3970, "parameters_share": 0.036, "steps": 5,
     "best_step": 4, "tokens": 2560, "text": {"pack": "UNION", "rows": "calib"}, "init": None,
@@ -168,7 +168,7 @@ def test_a_recovery_of_other_settings_is_not_taken_for_this_one(tmp_path, name):
         job.JOBS["05_recover"].verify(path, entry)
 
 
-@pytest.mark.parametrize("name", ["device", "dtype", "max_gpu_memory", "out_dir"])
+@pytest.mark.parametrize("name", ["device", "dtype", "max_gpu_memory", "publish_to", "out_dir"])
 def test_where_a_recovery_ran_is_none_of_its_settings(tmp_path, name):
     job.JOBS["05_recover"].verify(leave(tmp_path), SimpleNamespace(params=ASKED | {name: "other"}))
 
@@ -225,8 +225,7 @@ def test_pruning_is_not_taken_for_recovery_though_that_knows_all_its_names(recov
     """Nor are names that ranking and recovery share taken for either."""
     names = {"model": "tiny/model", "out_dir": "outputs/x"}
     recover.write_text(json.dumps(names | {"ranking": "tiny/rank", "criterion": "reap", "keep_n": 6}))
-    with pytest.raises(params.ParameterError, match="it is for 02_prune, which needs no GPU"):
-        build.plan(recover, build.read_settings())
+    assert build.plan(recover, build.read_settings()).notebook == "02_prune"
     recover.write_text(json.dumps(names | {"packs": "tiny/packs", "seq_len": 40, "num_blocks": 3}))
     words = (
         r"fit \['01_rank', '05_recover'\], expected exactly one of .* Give one more of those that only the right one"

@@ -137,6 +137,7 @@ def build(what: Plan, settings: Settings, folder: Path, owner: str) -> None:
 
     Raises KaggleError when the notebook is too large to push.
     """
+    job = JOBS[what.notebook]
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
         wheel = make_wheel(Path(temporary))
@@ -154,7 +155,8 @@ def build(what: Plan, settings: Settings, folder: Path, owner: str) -> None:
         "params_sha256": what.params_sha256,
         "code_sha256": what.code_sha256,
         "commit": what.commit,
-        "results_folder": JOBS[what.notebook].folder(what.parameters),
+        "results_folder": job.folder(what.parameters),
+        "brings": job.brings(what.parameters),
         "wheel": facts,
         "python": _project()["requires-python"],
         "requires": _requirements(),
@@ -162,7 +164,8 @@ def build(what: Plan, settings: Settings, folder: Path, owner: str) -> None:
     }
     inputs = _mapped(what.notebook, what.parameters, settings)
     run |= _surroundings(settings, inputs, stored)
-    _write(folder, _notebook(what, run, text), _metadata(what.run, owner, [*inputs.values(), *stored], settings))
+    metadata = _metadata(what.run, owner, [*inputs.values(), *stored], settings, job.gpu)
+    _write(folder, _notebook(what, run, text), metadata)
 
 
 def build_next(entry: Entry, previous: Path, folder: Path, settings: Settings, resume: Sequence[Carried]) -> None:
@@ -185,7 +188,8 @@ def build_next(entry: Entry, previous: Path, folder: Path, settings: Settings, r
     run |= {"attempt": entry.attempt, "files": own | _files(resume)} | _surroundings(settings, inputs, stored)
     cells["start"].source = _start(run)
     cells["about"].source = ABOUT.format(**run, params_file=entry.params_file, notebook=entry.notebook)
-    _write(folder, notebook, _metadata(entry.run, entry.owner, [*inputs.values(), *stored], settings))
+    gpu = JOBS[entry.notebook].gpu
+    _write(folder, notebook, _metadata(entry.run, entry.owner, [*inputs.values(), *stored], settings, gpu))
 
 
 def _mapped(notebook: str, parameters: dict[str, Any], settings: Settings) -> dict[str, str]:
@@ -261,6 +265,8 @@ def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan
     # Only what was set: a keep-set that is a label alone must still be one when the notebook reads it.
     parameters = params.of_notebook(notebook, values).model_dump(exclude_unset=True)
     _require_inside("out_dir", parameters["out_dir"])
+    if parameters.get("publish_to") and not settings.internet:
+        raise ParameterError(f"publish_to: {SETTINGS_FILE} turns internet off; turn it on, or set None")
     carried = _carried(JOBS[notebook].inputs(parameters), settings)
     code = project.code_sha256()
     digest = _sha256_of(parameters)
@@ -337,7 +343,7 @@ def _requirements() -> list[str]:
     return _project()["dependencies"] + [r for r in extra if re.split(r"[<>=]", r)[0] not in _TOOLS]
 
 
-def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> dict[str, Any]:
+def _metadata(run: str, owner: str, sources: list[str], settings: Settings, gpu: bool) -> dict[str, Any]:
     if settings.wheels:
         sources = [*sources, settings.wheels]
     return {
@@ -347,9 +353,9 @@ def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> d
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
-        "enable_gpu": True,
+        "enable_gpu": gpu,
         "enable_internet": settings.internet,
-        "machine_shape": settings.accelerator,
+        "machine_shape": settings.accelerator if gpu else "",
         "dataset_sources": [s for s in sources if s.count("/") == 1],
         "model_sources": [s for s in sources if s.count("/") == 4],
         "kernel_sources": [],

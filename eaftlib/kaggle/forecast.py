@@ -67,6 +67,9 @@ def announce(plans: Sequence[Plan], settings: Settings, service: Service, say: S
     """Say what each run will take, and what all will of what is left of the week's quota."""
     hours = 0.0
     for plan in plans:
+        if not JOBS[plan.notebook].gpu:
+            say(f"{plan.run}  takes no GPU hours: it copies bytes")
+            continue
         found = forecast(plan.notebook, plan.parameters, settings, ledger.owned_by(service.owner))
         if isinstance(found, str):
             say(f"{plan.run}  how long it takes is not known: {found}")

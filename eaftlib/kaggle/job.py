@@ -4,20 +4,24 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
 
 from .. import params, recovery
 from ..errors import ResultError
 from ..evaluation import results
-from ..files import read_json
+from ..files import read_json, read_typed, sha256
 from ..pruning.criteria import RECON
 from ..text.packs import UNION
 from .ledger import Entry
 
 Parameters = dict[str, Any]
 
-_STATE = "state.safetensors"  # recovery.recover's, which cannot be imported without torch
-_NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "out_dir"}  # where a recovery runs, not what it is
+# recovery.recover's and pruning.slicing's, which cannot be imported without torch
+_STATE = "state.safetensors"
+_MANIFEST, _MAPPING, _MANIFEST_SCHEMA = "prune_manifest.json", "expert_mapping.json", "eaft-prune/1"
+_NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "publish_to", "out_dir"}  # where a recovery runs, not what it is
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,32 @@ class Job:
     """One notebook; its parameters are of the class that ``params.NOTEBOOKS`` gives.
 
     inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
-    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them. partial: what another
+    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them; None: in none of
+    their own, and ``brings`` says where they lie beside what is not brought back. partial: what another
     session can go on from besides the journal of a pass, and how much of the work that holds; unit: in what. tokens: how many
     go through the model, once for each model, or None where parameters do not say. speeds: of a result, tokens and tokens/s of
-    its parts. trains: whether a token costs a training step's.
+    its parts. trains: whether a token costs a training step's. gpu: whether it computes.
     """
 
     inputs: Callable[[Parameters], list[Input]]
     files: Callable[[Parameters], list[str]]
     verify: Callable[[Path, Entry], None]
-    folder: Callable[[Parameters], str] = lambda parameters: parameters["out_dir"]
+    folder: Callable[[Parameters], str | None] = lambda parameters: parameters["out_dir"]
+    brings: Callable[[Parameters], list[str]] = lambda parameters: []
     partial: Callable[[Path], tuple[list[Path], int]] = lambda folder: ([], 0)
     unit: str = "results"
     tokens: Callable[[Parameters], int | None] = lambda parameters: None
     speeds: Callable[[Path], list[tuple[int, float]]] = lambda folder: []
     trains: bool = False
+    gpu: bool = True
+
+
+def _model_and_ranking(parameters: Parameters) -> list[Input]:
+    return [Input(parameters["model"], _whole_folder), _ranking(parameters["ranking"])]
+
+
+def _manifest_and_mapping(parameters: Parameters) -> list[str]:
+    return [f"{parameters['out_dir']}/{name}" for name in (_MANIFEST, _MAPPING)]
 
 
 def _sources(parameters: Parameters) -> list[Input]:
@@ -100,6 +115,30 @@ def _verify_ranking(path: Path, entry: Entry) -> None:
     _require(path, ranking.get("provenance", {}), {name: asked[name] for name in names} | {"model_id": asked["model"]})
     if set(ranking.get("criteria", {})) != set(asked["criteria"]):
         raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {asked['criteria']}")
+
+
+class _Manifest(BaseModel):
+    """What is verified of it."""
+
+    schema_: Annotated[Literal[_MANIFEST_SCHEMA], Field(alias="schema")]
+    source: dict[str, Any]
+    num_experts_before: PositiveInt
+    num_experts_after: PositiveInt
+    chosen_by: dict[str, Any]
+    sha256: dict[str, str]
+
+
+def _verify_prune(path: Path, entry: Entry) -> None:
+    """The manifest says what was asked for, and that the mapping is its own."""
+    asked = entry.params
+    manifest = read_typed(path.with_name(_MANIFEST), _Manifest, ResultError, "pull again")
+    _require(path, manifest.source, {"model_id": asked["model"]})
+    keep = params.Prune.check(asked).keep_set
+    expected = _chosen(keep, {"num_experts": manifest.num_experts_before, "top_k": 1})
+    expected |= {name: keep[name] for name in ("core_top_m", "keep_super")}
+    _require(path, manifest.chosen_by, expected)
+    _require(path, {"num_experts_after": manifest.num_experts_after}, {"num_experts_after": expected["keep_n"]})
+    _require(path, manifest.sha256, {_MAPPING: sha256(path.with_name(_MAPPING))})
 
 
 def _verify_result(path: Path, entry: Entry) -> None:
@@ -246,6 +285,14 @@ JOBS = {
         lambda parameters: ["ranking.json", "saliency.parquet"],
         _verify_ranking,
         tokens=_ranked_tokens,
+    ),
+    "02_prune": Job(
+        _model_and_ranking,
+        lambda parameters: [_MANIFEST, _MAPPING],  # the checkpoint has gigabytes: it is published, or cut again
+        _verify_prune,
+        folder=lambda parameters: None,
+        brings=_manifest_and_mapping,
+        gpu=False,
     ),
     "03_evaluate": Job(
         _sources_and_rankings,

@@ -78,6 +78,9 @@ class Session:
             return
         if self.on_kaggle:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is for what came before
+        for name in self.run["brings"]:
+            if (self.scratch / name).is_file():
+                copy_whole(self.scratch / name, self.work / Path(name).name)
         found = sorted(f for f in self.work.iterdir() if f.suffix in RESULT_TYPES and f.name != OUTCOME)
         found = [f for f in found if f.is_file() and not f.name.startswith((".", "__"))]
         self.outcome |= {"status": status, "error": error and self._without_secrets(error)}
@@ -176,7 +179,8 @@ class Session:
 
     def _link_paths(self) -> None:
         os.chdir(self.scratch)
-        link(Path(self.run["results_folder"]), self.work)
+        if self.run["results_folder"]:
+            link(Path(self.run["results_folder"]), self.work)
         for name, mounts in self.run["mounts"].items():
             place = self._find(mounts, name)
             if place:
