@@ -14,6 +14,7 @@ from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
+from ..engine.traversal import micro_batches
 from ..engine.weights import Weights
 from ..errors import ResultError
 from ..files import write_atomically
@@ -69,7 +70,7 @@ class Trace:
         return cls(**arrays, num_experts=int(metadata["num_experts"]), provenance=json.loads(metadata["provenance"]))
 
 
-@over_gpus
+@over_gpus(lambda blocks, placement, **_: micro_batches(*blocks.tokens.shape, placement.device))
 def record(
     checkpoint: Checkpoint,
     blocks: Blocks,
