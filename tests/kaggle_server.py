@@ -268,7 +268,9 @@ for cell in json.loads(Path(sys.argv[1]).read_text())["cells"]:
         sys.exit(1)
 """
 # Of what an image has, the part that takes long to load.
-IMAGE_MODULES = ("IPython.core.interactiveshell", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "yaml")
+IMAGE_MODULES = (
+    "IPython.core.interactiveshell", "matplotlib.pyplot", "pandas", "pyarrow.parquet", "pydantic", "datasets", "yaml",
+)  # fmt: skip
 
 
 def fork_image(image, folder, **environment):
@@ -280,7 +282,8 @@ def session_environment(folder, *python_path):
     """A session's: no proxy, no credentials of the host, nothing from the network."""
     kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
     kept |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, python_path))}
-    return kept | {"OMP_NUM_THREADS": "2", "JUPYTER_PLATFORM_DIRS": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))  # as here: sums depend on it
+    return kept | {"OMP_NUM_THREADS": threads, "JUPYTER_PLATFORM_DIRS": "1"}
 
 
 class Listener(ThreadingHTTPServer):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from test_kaggle_faults import LIMITS, files_of, impatient, push, submit
 from test_kaggle_job import ASKED
 
 from eaftlib import project
-from eaftlib.engine import journal
+from eaftlib.__main__ import main
+from eaftlib.engine import journal, traversal
 from eaftlib.errors import KaggleError
 from eaftlib.evaluation import results
-from eaftlib.kaggle import finishing, following, ledger, pulling, sessions
+from eaftlib.evaluation.evaluate import evaluate
+from eaftlib.kaggle import finishing, following, ledger, pulling, service, sessions
 from eaftlib.kaggle.job import JOBS
 from eaftlib.kaggle.service import LimitReached, QuotaReached
+from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.recovery import recover
+from eaftlib.text.packs import PackSource
 
 child = test_kaggle_kills.child  # a fixture
 
@@ -228,6 +233,22 @@ def test_an_unfinished_run_goes_on_when_it_is_pushed_again_and_is_left_alone_by_
     assert pulling.pull(impatient())[0].state == "verified"
 
 
+@pytest.mark.parametrize("until, states", [(None, {"verified"}), ("submitted", {"submitted", "running", "ended"})])
+def test_a_push_stays_until_its_runs_are_verified_or_only_submitted(here, server, plays, monkeypatch, until, states):
+    """A batch of an evening, by the command: one session at a time, each run over two."""
+    plays(10, "complete")
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
+    monkeypatch.setattr(service, "Service", impatient)
+    settings = here / "params" / "kaggle.yaml"
+    settings.write_text(settings.read_text().replace("gpu_sessions: 2", "gpu_sessions: 1"))
+    files = map(str, files_of(here, "eval-a", "eval-b"))
+    assert main(["kaggle", "push", *files, *(["--until", until] if until else [])]) == 0
+    entries = ledger.entries()
+    assert len(entries) == 2 and entries[-1].state in states and server.most_sessions == 1
+    assert {entry.attempt for entry in entries} == ({1} if until else {2})
+
+
 def test_nothing_to_follow_ends_at_once(here, server):
     assert follow() == []
     with pytest.raises(KaggleError, match="no run 'eaft-x'"):
@@ -273,7 +294,7 @@ def test_the_driver_is_killed_before_any_change_of_a_file_and_started_again(here
     assert test_kaggle_kills.finish(process) == 0 and ledger.find(run).state == "verified"
     changes = process.counted.value
     assert changes >= 25 and server.kernels[run][0] is first
-    for fatal in range(1, changes + 1, 4):
+    for fatal in range(1, changes + 1, 5):
         start_again()
         assert test_kaggle_kills.finish(child("follow", fatal)) == -signal.SIGKILL
         (entry,) = follow([run])
@@ -382,7 +403,7 @@ def entries_of(path):
     return found
 
 
-def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, executed, monkeypatch):
+def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, server, executed, cpu, monkeypatch):
     """Three that compute, one that is lost, the quota used up in between, the driver stopped and started again."""
     executed(parts=5, lost=[2])
     (entry,) = submit(files_of(here, "eval"), impatient(call_seconds=20))
@@ -398,11 +419,10 @@ def test_an_evaluation_over_sessions_has_the_bytes_of_an_undisturbed_one(here, s
     assert len(server.kernels[entry.run]) == 4 and not (server.latest(entry.run).working / "journal").exists()
     assert "finished by an earlier run of the same, not repeated: UNION 24\n" in log_of(server.kernels[entry.run][2])
 
-    executed(parts=-1)
-    (whole,) = submit(files_of(here, "whole"), impatient(call_seconds=20))
-    (whole,) = follow()
-    assert whole.attempt == 1
-    one, other = entry.result_folder, whole.result_folder
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 40)
+    settings = {name: TINY[name] for name in ("seq_lens", "num_blocks", "only")} | {"progress": False}
+    one, other = entry.result_folder, here / "whole"
+    evaluate(Checkpoint("tiny/model"), PackSource("tiny/packs"), cpu, {"base": None}, out_dir=other, **settings)
     assert (one / "base.tokens.parquet").read_bytes() == (other / "base.tokens.parquet").read_bytes()
     assert entries_of(one / "base.json") == entries_of(other / "base.json")
 
