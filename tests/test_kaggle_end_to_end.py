@@ -66,7 +66,7 @@ def entries_of(path):
 
 def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tmp_path):
     """The demo's model and packs, through every command, by the driver and by hand."""
-    settings = {"seq_lens": [512, 1024], "num_blocks": 2, "only": ["UNION"], "rows": "eval"}
+    settings = {"seq_lens": [256, 512], "num_blocks": 2, "only": ["UNION"], "rows": "eval"}
     local = tmp_path / "local"
     evaluate(
         Checkpoint(str(ROOT / "demo/model")), PackSource(str(ROOT / "demo/packs")), devices.place("cpu", "float32"),
@@ -96,7 +96,7 @@ def test_push_status_pull_give_a_local_runs_numbers(project, server, command, tm
 
     result = project / "kaggle_runs" / run / "result" / "base.json"
     assert entries_of(result) == entries_of(local / "base.json")
-    there, by_itself = (results.read(file).tokens("UNION", 1024) for file in (result, local / "base.json"))
+    there, by_itself = (results.read(file).tokens("UNION", 512) for file in (result, local / "base.json"))
     assert there.nll.tolist() == by_itself.nll.tolist()
     assert len(server.kernels[run]) == 1 and server.calls.count("SaveKernel") == 1
     ledger = ledger_of(project, run)

@@ -11,6 +11,7 @@ import pytest
 from kaggle_server import assert_loopback, session_environment
 from test_kaggle_faults import files_of, impatient, push, submit
 
+from eaftlib import notebooks
 from eaftlib.kaggle import build, finishing, ledger, pulling
 from eaftlib.kaggle.service import Service
 
@@ -27,7 +28,8 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     os.chdir(folder)
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")
-    build.make_wheel = lambda folder: wheel
+    build.make_wheel, build._require_all_code = lambda folder: wheel, lambda *_: None
+    notebooks.stale = lambda: []
     root = str(Path("kaggle_runs").resolve())
 
     def audit(event, arguments):
