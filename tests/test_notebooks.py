@@ -37,7 +37,7 @@ def chain(tmp_path_factory):
     """Rank, evaluate with keep-sets, prune, evaluate the checkpoint, report: folder and executed notebooks."""
     out = tmp_path_factory.mktemp("chain")
     ranking = str(out / "rank" / "ranking.json")
-    small = {"only": ["UNION"], "rows": "eval", "num_blocks": 24, "out_dir": str(out / "evaluate")}
+    small = {"only": ["UNION"], "rows": "eval", "num_blocks": 12, "out_dir": str(out / "evaluate")}
     keep = {"ranking": ranking, "criterion": "reap_mass", "keep_n": 24}
     sweep = [
         {"label": "base"},
