@@ -294,7 +294,7 @@ def test_the_driver_is_killed_before_any_change_of_a_file_and_started_again(here
     assert test_kaggle_kills.finish(process) == 0 and ledger.find(run).state == "verified"
     changes = process.counted.value
     assert changes >= 25 and server.kernels[run][0] is first
-    for fatal in range(1, changes + 1, 5):
+    for fatal in range(1, changes + 1, 7):
         start_again()
         assert test_kaggle_kills.finish(child("follow", fatal)) == -signal.SIGKILL
         (entry,) = follow([run])
