@@ -5,7 +5,7 @@ DEMO := outputs/demo
 PARAMS ?=
 RUNS ?=
 
-.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-status kaggle-pull clean
+.PHONY: setup browser demo demo-candidates test check notebooks rank prune recover evaluate report bench kaggle-push kaggle-follow kaggle-status kaggle-pull clean
 
 setup: $(READY)
 
@@ -88,10 +88,15 @@ notebook_recover := 05_recover
 notebook_evaluate := 03_evaluate
 notebook_report := 04_report
 
-# PARAMS may be a quoted pattern. AT_LIMIT=stop ends where a limit of the account is reached; RESUME=1 pushes failed runs again.
+# Stays until the runs are verified, over as many sessions as they take (UNTIL=submitted: until all are submitted). PARAMS may
+# be a quoted pattern. AT_LIMIT=stop ends where a limit of the account is reached; RESUME=1 pushes failed runs again.
 kaggle-push: $(READY)
-	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS='params/MODEL/eval-*.yaml' [AT_LIMIT=stop] [RESUME=1]"; exit 2; }
-	$(PY) -m eaftlib kaggle push $(PARAMS) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT)) $(if $(RESUME),--resume)
+	@test -n "$(PARAMS)" || { echo "usage: make $@ PARAMS='params/MODEL/eval-*.yaml' [UNTIL=submitted] [AT_LIMIT=stop] [RESUME=1]"; exit 2; }
+	$(PY) -m eaftlib kaggle push $(PARAMS) $(if $(UNTIL),--until $(UNTIL)) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT)) $(if $(RESUME),--resume)
+
+# The same for runs that were pushed before.
+kaggle-follow: $(READY)
+	$(PY) -m eaftlib kaggle follow $(RUNS) $(if $(AT_LIMIT),--at-limit $(AT_LIMIT))
 
 kaggle-status kaggle-pull: $(READY)
 	$(PY) -m eaftlib kaggle $(@:kaggle-%=%) $(RUNS)

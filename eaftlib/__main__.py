@@ -87,11 +87,16 @@ def _add_kaggle(commands) -> None:
     build.add_argument("params", type=Path, help="one file of params/")
     build.add_argument("folder", type=Path, help="new folder for the notebook and its metadata")
     build.set_defaults(run=_kaggle_build)
-    push = actions.add_parser("push", help="queue runs and submit them; repeat it after any interruption")
+    push = actions.add_parser("push", help="queue runs, submit them and stay until they are verified")
     push.add_argument("params", type=Path, nargs="+", help="files of params/, one run each")
     push.add_argument("--at-limit", choices=("wait", "stop"), default="wait", help="no session or no quota left")
     push.add_argument("--resume", action="store_true", help="push failed runs again, with the results they have")
+    push.add_argument("--until", choices=("verified", "submitted"), default="verified", help="when it returns")
     push.set_defaults(run=_kaggle_push)
+    follow = actions.add_parser("follow", help="stay until runs are verified, over as many sessions as they take")
+    follow.add_argument("runs", nargs="*", help="names in kaggle_runs/; if none is given, all that are not settled")
+    follow.add_argument("--at-limit", choices=("wait", "stop"), default="wait", help="no session or no quota left")
+    follow.set_defaults(run=_kaggle_follow)
     for name, what in (("status", "ask how runs are getting on"), ("pull", "bring results back and check them")):
         action = actions.add_parser(name, help=what)
         action.add_argument("runs", nargs="*", help="names in kaggle_runs/; all if none is given")
@@ -123,11 +128,21 @@ def _kaggle_build(options) -> int:
 
 
 def _kaggle_push(options) -> int:
-    from .kaggle import pushing
+    from .kaggle import finishing, pushing
     from .kaggle.service import Service
 
-    pushed = pushing.push(options.params, Service(), at_limit=options.at_limit, resume=options.resume)
-    return int(any(entry.state == "failed" for entry in pushed))
+    service = Service()
+    runs = pushing.queue(options.params, service, resume=options.resume)
+    see_to = {"verified": finishing.follow, "submitted": pushing.submit}[options.until]
+    return int(any(entry.state == "failed" for entry in see_to(service, runs, at_limit=options.at_limit)))
+
+
+def _kaggle_follow(options) -> int:
+    from .kaggle import finishing
+    from .kaggle.service import Service
+
+    followed = finishing.follow(Service(), options.runs, at_limit=options.at_limit)
+    return int(any(entry.state == "failed" for entry in followed))
 
 
 def _kaggle_status(options) -> int:
@@ -137,7 +152,7 @@ def _kaggle_status(options) -> int:
     service = Service()
     for entry in following.follow(service, options.runs):
         print(following.describe(entry))
-    print(service.quota())
+    print(service.quota() or "Kaggle does not say how many GPU hours are left")
     return 0
 
 
@@ -145,7 +160,8 @@ def _kaggle_pull(options) -> int:
     from .kaggle import pulling
     from .kaggle.service import Service
 
-    return int(any(entry.state == "failed" for entry in pulling.pull(Service(), options.runs)))
+    pulled = pulling.pull(Service(), options.runs)
+    return int(any(entry.state in ("failed", "unfinished") for entry in pulled))
 
 
 def _summary(options) -> int:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import itertools
+import re
 import reprlib
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ MARK = "# Parameters"  # first line of a cell of parameters; papermill's injecte
 
 BASE = "base"  # label of the whole model
 MOST_VALUES = 100_000  # in a file of parameters
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -119,11 +121,23 @@ class KeepSetParameters(Parameters):
         return self.model_dump(include=set(KeepSetParameters.model_fields))
 
 
-class Prune(KeepSetParameters):
-    """02_prune"""
+class CheckpointParameters(KeepSetParameters):
+    """Of a checkpoint that is written, and sent to the hub where ``publish_to`` is given."""
 
     model: str
+    publish_to: str | None
     out_dir: str
+
+    @field_validator("publish_to")
+    @classmethod
+    def _name_on_the_hub(cls, name: str | None) -> str | None:
+        if name is not None and not HUB_NAME.fullmatch(name):
+            raise ValueError(f"found {name!r}, expected owner/name of a repository on the hub, or None")
+        return name
+
+
+class Prune(CheckpointParameters):
+    """02_prune"""
 
 
 class LabelledKeepSet(KeepSetParameters):
@@ -223,10 +237,9 @@ class Evaluate(Parameters):
         return {self.label or BASE: self.keep_set and self.keep_set.keep_set}
 
 
-class Recover(KeepSetParameters):
+class Recover(CheckpointParameters):
     """05_recover"""
 
-    model: str
     trained: Annotated[list[Trained], Field(min_length=1)]
     attention_rank: Positive | None
     packs: str
@@ -251,12 +264,11 @@ class Recover(KeepSetParameters):
     device: str
     dtype: str
     max_gpu_memory: Annotated[FiniteFloat, Field(gt=0)] | None
-    out_dir: str
 
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for, but for where it runs and where it goes."""
-        return self.model_dump(exclude={"device", "dtype", "max_gpu_memory", "out_dir"})
+        return self.model_dump(exclude={"device", "dtype", "max_gpu_memory", "publish_to", "out_dir"})
 
     @field_validator("trained")
     @classmethod

@@ -1,6 +1,6 @@
 """A checkpoint with its card on the Hugging Face hub, through the hub's own client."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from .evaluation.gates import Gates
 from .evaluation.results import Result
 from .model import fingerprint
 from .model.checkpoint import Checkpoint
+from .params import HUB_NAME
 from .pruning.slicing import MANIFEST, read_manifest
 from .report import card
 
@@ -21,14 +22,32 @@ def publish(folder: Path, name: str, result: Result, baseline: Result, gates: Ga
     name: owner/name on the hub; made, private unless ``public``, where it is not there. Repeated after an interruption, files
     that the hub has are not sent again. Raises PublishError when the hub refuses or cannot be reached, when the repository
     holds other files or is not as private as asked; CheckpointError where a file differs from the manifest; and what
-    ``card.build`` raises: there is no publishing without a verdict. One that says FAIL may be: its card says so first.
+    ``card.build`` raises. A verdict that says FAIL is no hindrance: the card says so first.
     """
-    if not card.HUB_NAME.fullmatch(name):
+    return _publish(folder, name, lambda checkpoint: card.build(checkpoint, result, baseline, gates), public)
+
+
+def publish_unjudged(folder: Path, name: str) -> str:
+    """The same where the checkpoint was just written and nobody has evaluated it: for its owner alone, and its card says so.
+
+    ``publish`` of the same checkpoint with its results later changes nothing but the card.
+    """
+    return _publish(folder, name, card.unjudged, public=False)
+
+
+def require_place(name: str) -> None:
+    """Raise PublishError now, before hours of work, unless a checkpoint can go there: its repository is made if need be."""
+    with _explained(name):
+        _place(_client(), name, public=False)
+
+
+def _publish(folder: Path, name: str, make_card: Callable[[Checkpoint], card.Card], public: bool) -> str:
+    if not HUB_NAME.fullmatch(name):
         raise PublishError(f"found {name!r}, expected owner/name of a repository on the hub")
     checkpoint = Checkpoint(str(folder))
-    files = verified_files(checkpoint)
-    written = card.write(card.build(checkpoint, result, baseline, gates), folder, name)
-    return _send(name, {file.name: file for file in [*files, folder / MANIFEST, written]}, result.label, public)
+    files, made = verified_files(checkpoint), make_card(checkpoint)
+    written = card.write(made, folder, name)
+    return _send(name, {file.name: file for file in [*files, folder / MANIFEST, written]}, made.label, public)
 
 
 def verified_files(checkpoint: Checkpoint) -> list[Path]:
@@ -47,27 +66,39 @@ def verified_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _send(name: str, files: dict[str, Path], label: str, public: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd
 
-    if get_token() is None:
-        raise PublishError("no token of the hub: set HF_TOKEN, or log in with its client (hf auth login)")
-    api = HfApi()
+    api = _client()
     with _explained(name):
-        api.create_repo(name, private=not public, exist_ok=True)
-        _require_fit(api.model_info(name), files, public)
+        _require_no_others(_place(api, name, public), files)
         # One commit: nobody ever sees a checkpoint of which a part is missing. The client first sends large files, asking for
         # each whether the hub has it.
         additions = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
         return api.create_commit(name, additions, commit_message=f"Checkpoint {label}").commit_url
 
 
-def _require_fit(info, files: dict[str, Path], public: bool) -> None:
-    """The repository is as private as asked, and holds nothing that would be taken for a part of this checkpoint."""
+def _client():
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise PublishError("no token of the hub: set HF_TOKEN, or log in with its client (hf auth login)")
+    return HfApi()
+
+
+def _place(api, name: str, public: bool):
+    """What the hub says of the repository, which is made if need be, and as private as asked."""
+    api.create_repo(name, private=not public, exist_ok=True)
+    info = api.model_info(name)
     if info.private == public:
         found, wanted = ("private", "public") if info.private else ("public", "private")
         raise PublishError(
             f"{info.id} is there and {found}, not {wanted}: change that on its page, or choose another name"
         )
+    return info
+
+
+def _require_no_others(info, files: dict[str, Path]) -> None:
+    """The repository holds nothing that would be taken for a part of this checkpoint."""
     others = sorted({sibling.rfilename for sibling in info.siblings} - files.keys() - _OF_THE_HUB)
     if others:
         raise PublishError(

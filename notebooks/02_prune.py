@@ -31,18 +31,23 @@ keep_n = 24
 multiple_of = 4  # fused routing kernels want multiples of 4
 core_top_m = 0  # per layer, this many experts with the largest positive mass always stay
 keep_super = False  # experts with outlier activations always stay
+publish_to = None  # owner/name on the Hugging Face hub: the checkpoint goes there, for its owner alone
 out_dir = "outputs/by-hand/pruned-24"  # never overwritten: remove it, or choose another name
 
 # %%
+from pathlib import Path
+
 from IPython import get_ipython
 
-from eaftlib import params, project
+from eaftlib import params, project, publish
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning import keepsets, slicing
 from eaftlib.report import figures
 
 project.enter()
 p = params.Prune.from_notebook(get_ipython())
+if p.publish_to:
+    publish.require_place(p.publish_to)
 
 # %% [markdown]
 # ## Who stays
@@ -79,3 +84,11 @@ figures.sizes(vars(before), vars(after))
 # %% [markdown]
 # **Read from it:** attention, embeddings and the LM head stay whole, so bytes shrink more slowly than experts. Opening the new
 # checkpoint above has checked the header of every shard against its configuration.
+
+# %% [markdown]
+# ## Publish it
+#
+# With a card that says that nobody has judged it yet; `python -m eaftlib publish` puts the verdict into it once it was evaluated.
+
+# %%
+print(publish.publish_unjudged(Path(p.out_dir), p.publish_to) if p.publish_to else "it stays here: publish_to is None")

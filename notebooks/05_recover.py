@@ -61,14 +61,16 @@ init = None  # trained.safetensors of an earlier run, to begin with
 device = "auto"
 dtype = "auto"
 max_gpu_memory = None  # GB; None: all that is free. Layers that do not fit are streamed
+publish_to = None  # owner/name on the Hugging Face hub: the checkpoint goes there, for its owner alone
 out_dir = "outputs/by-hand/recovered-16"  # never overwritten: remove it, or choose another name
 
 # %%
 import json
+from pathlib import Path
 
 from IPython import get_ipython
 
-from eaftlib import params, project
+from eaftlib import params, project, publish
 from eaftlib.engine.placement import place
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning import keepsets
@@ -80,6 +82,8 @@ from eaftlib.text.packs import UNION, PackSource, pack_blocks
 
 project.enter()
 p = params.Recover.from_notebook(get_ipython())
+if p.publish_to:
+    publish.require_place(p.publish_to)
 
 # %% [markdown]
 # ## The student, and the text that it learns from
@@ -129,3 +133,11 @@ print(
 # %% [markdown]
 # **Read from it:** the text held back is of the same kind as the text trained on, and few blocks; what counts is `03_evaluate` on rows
 # that nothing was chosen or trained by. A curve that falls in training but rises here has learnt the text by heart: give it more rows.
+
+# %% [markdown]
+# ## Publish it
+#
+# With a card that says that nobody has judged it yet; `python -m eaftlib publish` puts the verdict into it once it was evaluated.
+
+# %%
+print(publish.publish_unjudged(Path(p.out_dir), p.publish_to) if p.publish_to else "it stays here: publish_to is None")

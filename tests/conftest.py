@@ -22,6 +22,7 @@ import world
 from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
+from eaftlib import notebooks
 from eaftlib.engine import placement
 from eaftlib.evaluation.evaluate import evaluate
 from eaftlib.model.checkpoint import Checkpoint
@@ -108,6 +109,14 @@ def image(tmp_path_factory):
     return kaggle_server.make_image(tmp_path_factory.mktemp("image") / "venv")
 
 
+@pytest.fixture(scope="session")
+def forks(image, tmp_path_factory):
+    """Sessions in processes that begin with torch loaded."""
+    forks = kaggle_server.fork_image(image, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
 def server(tmp_path, image):
     server = kaggle_server.KaggleServer(tmp_path / "server", image=image)
@@ -154,6 +163,16 @@ def wheel(tmp_path_factory):
     return build.make_wheel(tmp_path_factory.mktemp("wheel"))
 
 
+GENERATED = {}  # text of a percent script -> of its notebook
+
+
+def generated_once(source, generated=notebooks.generated):
+    text = source.read_text()
+    if text not in GENERATED:
+        GENERATED[text] = generated(source)
+    return GENERATED[text]
+
+
 @pytest.fixture
 def here(project, server, play, wheel, monkeypatch, tmp_path):
     """Work in the project folder with a client that can only reach the loopback server, whose sessions are played."""
@@ -161,7 +180,10 @@ def here(project, server, play, wheel, monkeypatch, tmp_path):
     from eaftlib.kaggle import build, pushing
 
     monkeypatch.setattr(pushing, "SETTLE", timedelta(seconds=0.3))
-    monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)  # once is enough
+    # Once is enough, for as long as the sources are the same.
+    monkeypatch.setattr(build, "make_wheel", lambda folder: wheel)
+    monkeypatch.setattr(build, "_require_all_code", lambda wheel, expected, folder: None)
+    monkeypatch.setattr(notebooks, "generated", generated_once)
     monkeypatch.chdir(project)
     home = tmp_path / "home"
     home.mkdir()

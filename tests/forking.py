@@ -3,19 +3,26 @@
 Run as a script it is that one: a line of JSON on its input starts a process, its id and then its exit status are answered.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+MODULES = ("torch", "transformers", "transformers.models.gpt_oss.modeling_gpt_oss")
+
 
 class Forks:
-    """What the modules read of the environment when they are imported is that of ``environment``, for every process."""
+    """What the modules read of the environment when they are imported is that of ``environment``, for every process.
 
-    def __init__(self, environment):
+    modules: what is loaded besides MODULES, by the interpreter ``python``.
+    """
+
+    def __init__(self, environment, modules=("eaftlib.publish",), python=sys.executable):
+        command = [python, __file__, *MODULES, *modules]
         self._server = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def start(self, code, words=(), *, cwd, **environment):
@@ -35,8 +42,8 @@ class Forks:
         )
 
     def close(self):
-        self._server.stdin.close()
-        self._server.wait(30)
+        self._server.kill()
+        self._server.communicate()
 
 
 def _child(wanted):
@@ -61,12 +68,10 @@ def _child(wanted):
 
 
 def main():
-    import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config  # noqa: F401
-    from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: F401
-
-    import eaftlib.publish  # noqa: F401
-
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    transformers = sys.modules["transformers"]  # loads what it is asked for, when it is
+    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.Mxfp4Config
     for line in sys.stdin:
         if (process := os.fork()) == 0:
             _child(json.loads(line))

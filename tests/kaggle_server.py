@@ -19,13 +19,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
+from forking import Forks
+from hub_server import TOKEN as HF_TOKEN  # the session's secret
 
 TINY = {
     "model": "tiny/model", "packs": "tiny/packs", "label": "base", "only": ["UNION", "pack_a"], "seq_lens": [24, 40],
     "num_blocks": 3, "device": "cpu", "dtype": "float32", "out_dir": "outputs/tiny",
 }  # fmt: skip
 OWNER, KEY = "tester", "0123planted4567kaggle89abcdefkey"
-HF_TOKEN = "hf_plantedTokenOfTheSession0001"
 PAGE = 20  # files a page, whatever is asked for
 SOURCE_LIMIT = 1_000_000
 NOT_FOUND_PAGE = b"<!DOCTYPE html><html><head><title>404</title></head><body>We can't find that page.</body></html>"
@@ -55,11 +56,11 @@ class Version:
 class KaggleServer:
     """``session``: what happens to a pushed version; ``execute`` (papermill) or a function (server, version) -> status.
 
-    ``image``: the interpreter of executed sessions.
+    ``image``: the interpreter of executed sessions. ``forks``: processes of it, for ``execute_in_fork``.
     """
 
-    def __init__(self, folder, session="execute", old_layout=False, image=sys.executable):
-        self.folder, self.old_layout, self.image = Path(folder), old_layout, image
+    def __init__(self, folder, session="execute", old_layout=False, image=sys.executable, forks=None):
+        self.folder, self.old_layout, self.image, self.forks = Path(folder), old_layout, image, forks
         self.session = self.execute if session == "execute" else session
         self.kernels, self.datasets, self.blobs = {}, {}, {}
         self.models = {}  # owner/model/framework/variation/version -> folder
@@ -72,7 +73,7 @@ class KaggleServer:
         self.extra_files = {}  # hostile names and the like: name -> bytes, listed with every output
         self.missing_files = {}  # listed, but their address gives a 404 page with this status
         self.most_sessions = 0
-        self.lock = threading.RLock()
+        self.lock, self.forking = threading.RLock(), threading.Lock()
         self.http = Listener(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.http.owner = self
@@ -223,13 +224,7 @@ class KaggleServer:
 
     def execute(self, version):
         """As Kaggle does: papermill in /kaggle/working, no kernel named."""
-        notebook = version.folder / "notebook.ipynb"
-        notebook.write_text(version.request["text"])
-        secrets = version.folder / "image"
-        secrets.mkdir()
-        (secrets / "kaggle_secrets.py").write_text(
-            f"class UserSecretsClient:\n    def get_secret(self, name):\n        return {{'HF_TOKEN': {HF_TOKEN!r}}}[name]\n"
-        )
+        notebook, secrets = self._session_files(version)
         command = [self.image, "-m", "papermill", notebook, "__notebook__.ipynb", "--no-progress-bar", "--log-output"]
         environment = session_environment(version.folder, secrets) | {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
         version.process = subprocess.Popen(
@@ -240,12 +235,55 @@ class KaggleServer:
         version.log = json.dumps(lines)
         return "COMPLETE" if version.process.wait() == 0 else "ERROR"
 
+    def execute_in_fork(self, version):
+        """The same cells one after the other, without a kernel and a notebook of its own: in a tenth of the time."""
+        notebook, secrets = self._session_files(version)
+        environment = session_environment(version.folder) | {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+        with self.forking:
+            done = self.forks.run(RUN_CELLS, [notebook, secrets], cwd=version.working, **environment)
+        for name in ("stdout", "stderr"):
+            (version.working / name).unlink()
+        version.log = json.dumps([{"data": done.output + done.errors}])
+        return "COMPLETE" if done.returncode == 0 else "ERROR"
+
+    def _session_files(self, version):
+        """The notebook, and a folder that holds the secrets' client."""
+        notebook, secrets = version.folder / "notebook.ipynb", version.folder / "image"
+        notebook.write_text(version.request["text"])
+        secrets.mkdir()
+        (secrets / "kaggle_secrets.py").write_text(
+            f"class UserSecretsClient:\n    def get_secret(self, name):\n        return {{'HF_TOKEN': {HF_TOKEN!r}}}[name]\n"
+        )
+        return notebook, secrets
+
+
+RUN_CELLS = """
+import json, sys
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+sys.path.insert(0, sys.argv[2])
+shell = InteractiveShell.instance()
+for cell in json.loads(Path(sys.argv[1]).read_text())["cells"]:
+    if cell["cell_type"] == "code" and not shell.run_cell("".join(cell["source"]), store_history=True).success:
+        sys.exit(1)
+"""
+# Of what an image has, the part that takes long to load.
+IMAGE_MODULES = (
+    "IPython.core.interactiveshell", "matplotlib.pyplot", "pandas", "pyarrow.parquet", "pydantic", "datasets", "yaml",
+)  # fmt: skip
+
+
+def fork_image(image, folder, **environment):
+    """Processes of an image's interpreter, for the server's ``forks``."""
+    return Forks(session_environment(folder) | environment, IMAGE_MODULES, image)
+
 
 def session_environment(folder, *python_path):
     """A session's: no proxy, no credentials of the host, nothing from the network."""
     kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
     kept |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, python_path))}
-    return kept | {"OMP_NUM_THREADS": "2", "JUPYTER_PLATFORM_DIRS": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))  # as here: sums depend on it
+    return kept | {"OMP_NUM_THREADS": threads, "JUPYTER_PLATFORM_DIRS": "1"}
 
 
 class Listener(ThreadingHTTPServer):
@@ -412,6 +450,10 @@ def run_of(version):
     cells = json.loads(version.request["text"])["cells"]
     start = next(cell["source"] for cell in cells if cell["source"].startswith("RUN = "))
     return ast.literal_eval(ast.parse(start).body[0].value)
+
+
+def log_of(version):
+    return "".join(line["data"] for line in json.loads(version.log))
 
 
 def assert_loopback(environment):

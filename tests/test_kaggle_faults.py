@@ -42,8 +42,15 @@ def files_of(project, *names):
     return [Path(write_params(project, name, out_dir=f"outputs/{name}")) for name in names]
 
 
+def submit(files, service, resume=False, **options):
+    """What `kaggle push --until submitted` does."""
+    said = {"say": options["say"]} if "say" in options else {}
+    runs = pushing.queue(files, service, resume=resume, **said)
+    return pushing.submit(service, runs, poll_seconds=0.02, **options)
+
+
 def push(project, *names, **options):
-    return pushing.push(files_of(project, *names), impatient(), poll_seconds=0.02, **options)
+    return submit(files_of(project, *names), impatient(), **options)
 
 
 def push_one(project, server):
@@ -290,7 +297,16 @@ def test_an_interrupted_wait_says_that_it_can_be_repeated(here, server, tmp_path
     environment = session_environment(tmp_path) | server.environment(tmp_path)
     assert_loopback(environment)
     server.refusals.extend([LIMITS[0]] * 99)
-    command = [sys.executable, "-m", "eaftlib", "kaggle", "push", *map(str, files_of(here, "eval"))]
+    command = [
+        sys.executable,
+        "-m",
+        "eaftlib",
+        "kaggle",
+        "push",
+        "--until",
+        "submitted",
+        *map(str, files_of(here, "eval")),
+    ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = next(line for line in process.stdout if "waiting" in line)
     process.send_signal(signal.SIGINT)
@@ -304,7 +320,7 @@ def test_two_terminals_push_each_run_once(here, server):
     files = files_of(here, *(f"eval-{i}" for i in range(4)))
 
     def terminal(files):
-        pushing.push(files, impatient(), poll_seconds=0.02, say=lambda line: None)
+        submit(files, impatient(), say=lambda line: None)
 
     terminals = [threading.Thread(target=terminal, args=(order,)) for order in (files, files[::-1])]
     for terminal in terminals:
@@ -354,7 +370,7 @@ def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(h
     server.on_call = another
     if answer:
         server.inject("SaveKernel", answer)
-    (entry,) = pushing.push(files_of(here, "eval"), impatient(call_seconds=20), poll_seconds=0.02)
+    (entry,) = submit(files_of(here, "eval"), impatient(call_seconds=20))
     assert seen == ["ended"] and entry.state == "ended"
     assert server.calls.count("SaveKernel") == 1 and len(server.kernels[entry.run]) == 1
 
@@ -362,7 +378,7 @@ def test_a_push_that_another_terminal_sees_arrive_is_left_as_that_one_knows_it(h
 def test_another_setting_or_another_file_is_another_run(here, server):
     runs = {push(here, "eval")[0].run}
     (here / "params" / "tiny" / "eval.yaml").unlink()
-    runs |= {pushing.push([Path(write_params(here, "eval", num_blocks=2))], impatient(), poll_seconds=0.02)[0].run}
+    runs |= {submit([Path(write_params(here, "eval", num_blocks=2))], impatient())[0].run}
     (here / "tiny" / "packs").unlink()
     import world
 
@@ -424,8 +440,8 @@ def spoil_code(folder, content):
         (lambda f, c: c.update(status="failed", error="Traceback\nPackError: no rows"), "PackError: no rows"),
         (lambda f, c: c.update(status="odd"), "is no outcome of a session: status"),
         (lambda f, c: (f / "base.json").unlink(), "base.json'] are missing"),
-        (spoil_schema, "not a valid result"),
-        (spoil_number, "tok_s_pred is nan"),
+        (spoil_schema, "base.json: packs.0.seq.24.model.ppl: Field required"),
+        (spoil_number, "base.json is not JSON (found NaN"),
         (spoil_blocks, "meta.num_blocks says, 4"),
         (spoil_length, "has no pack_a at 40"),
         (spoil_code, "base.json: code_sha256 is 0"),
@@ -445,7 +461,7 @@ def test_a_result_that_is_not_the_runs_own_and_sound_is_a_failure(here, server, 
     assert entry.state == "failed" and words in entry.steps[-1].note, entry.steps[-1].note
     assert words in said[0]
     assert not entry.result_folder.exists()
-    assert (entry.failed_folder(1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
+    assert (entry.left_folder(1) / "session.log").read_text() == "EAFT-RUN\n" and entry.run == run
 
 
 @pytest.mark.parametrize("name", ["base.json", "base.tokens.parquet"])
@@ -465,7 +481,7 @@ def test_a_404_page_is_not_a_result(here, server, name, status):
     (entry,) = pulling.pull(impatient())
     words = {404: f"{name}: Kaggle answered 404: 404 We can't find that page.", 200: name}
     assert entry.state == "failed" and words[status] in entry.steps[-1].note
-    folder = entry.failed_folder(1)
+    folder = entry.left_folder(1)
     kept = [f.name for f in folder.iterdir() if NOT_FOUND_PAGE in f.read_bytes()]
     assert kept == ([name] if status == 200 else []) and (folder / "session.log").is_file()
 
@@ -486,7 +502,8 @@ def test_a_session_without_any_output_keeps_its_log_and_shows_the_last_traceback
     push_one(here, server)
     said = []
     (entry,) = pulling.pull(impatient(), say=said.append)
-    assert "eaft_run.json does not exist" in entry.steps[-1].note and entry.steps[-1].note.startswith("ERROR")
+    assert entry.state == "unfinished" and entry.steps[-1].note.startswith("session 1 left 0 passes")
+    assert "ERROR | eaft_run.json does not exist" in entry.steps[-1].note
     assert said[1].split() == "Traceback (most recent call last): two MemoryError: of the image".split()
 
 
@@ -603,9 +620,9 @@ def test_an_attempt_before_that_left_nothing_is_not_taken_for_this_one(here, ser
     """The first session left no outcome at all; right after the second push, the service still shows that."""
     server.session = lambda version: "ERROR"
     run = push_one(here, server)
-    assert pulling.pull(impatient())[0].state == "failed"
+    assert pulling.pull(impatient())[0].state == "unfinished"
     server.session = play
-    push(here, "eval", resume=True)
+    push(here, "eval")
     server.wait(run)
     newest = server.kernels[run].pop()
     assert pulling.pull(impatient())[0].state == "submitted"
@@ -658,7 +675,7 @@ def test_a_second_download_that_is_worse_does_not_replace_the_first(here, server
     (entry,) = pulling.pull(impatient())
     server.missing_files["eaft_run.json"] = 404
     assert pulling.pull(impatient(), [run])[0].state == "failed"
-    assert (entry.failed_folder(1) / "eaft_run.json").is_file()
+    assert (entry.left_folder(1) / "eaft_run.json").is_file()
 
 
 def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
@@ -668,7 +685,7 @@ def test_runs_of_another_account_are_left_alone(here, server, monkeypatch):
     other.owner = "other"
     said = []
     assert pulling.pull(other, say=said.append) == [] and said == ["nothing to pull: no runs"]
-    for call in (lambda: pulling.pull(other, [run]), lambda: pushing.push(files_of(here, "eval"), other)):
+    for call in (lambda: pulling.pull(other, [run]), lambda: submit(files_of(here, "eval"), other)):
         with pytest.raises(KaggleError, match=f"{run} is a run of tester, and the credentials are of other"):
             call()
     assert states(run) == ["queued", "pushing", "submitted"]
@@ -731,7 +748,7 @@ def test_a_parquet_with_damaged_pages_is_not_carried_along(here, server, play):
     run = push_one(here, server)
     pulling.pull(impatient())
     with pytest.raises(ResultError, match=r"base\.tokens\.parquet cannot be read"):
-        results.read_tokens(ledger.find(run).failed_folder(1) / "base.tokens.parquet", 3)
+        results.read_tokens(ledger.find(run).left_folder(1) / "base.tokens.parquet", 3)
     push(here, "eval", resume=True)
     assert ledger.find(run).steps[-3].note == "starts again: nothing was finished"
 
@@ -776,7 +793,7 @@ def test_what_was_queued_for_older_parameters_is_mentioned(here, server):
     (old,) = ledger.entries()
     (here / old.params_file).write_text((here / old.params_file).read_text().replace("num_blocks: 3", "num_blocks: 2"))
     said = []
-    pushing.push([Path(old.params_file)], impatient(), poll_seconds=0.02, say=said.append)
+    submit([Path(old.params_file)], impatient(), say=said.append)
     assert f"{old.run}  of {old.params_file} as it was is still queued; remove kaggle_runs/{old.run}" in said
 
 
@@ -815,7 +832,7 @@ def test_a_log_of_another_shape_is_kept_as_it_is():
 
 def test_a_result_that_lacks_a_pack_is_a_failure_also_where_none_is_named(here, server):
     """only: null means every pack and UNION; what is there has UNION and pack_a."""
-    (entry,) = pushing.push([Path(write_params(here, "eval", only=None))], impatient())
+    (entry,) = submit([Path(write_params(here, "eval", only=None))], impatient())
     server.wait(entry.run)
     (entry,) = pulling.pull(impatient())
     assert entry.state == "failed" and "base.json has no pack_b at 24" in entry.steps[-1].note
@@ -935,7 +952,7 @@ def test_a_damaged_ledger_is_named(here, server):
 
 def test_nothing_is_pushed_when_one_file_of_a_batch_is_wrong(here, server):
     with pytest.raises(ParameterError, match=r"params/tiny/b\.yaml: num_blocks"):
-        pushing.push([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
+        submit([Path(write_params(here, "a")), Path(write_params(here, "b", num_blocks=0))], impatient())
     assert not server.calls.count("SaveKernel") and not ledger.entries()
 
 

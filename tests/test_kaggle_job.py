@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from kaggle_server import run_of
 from safetensors.numpy import save_file
+from test_kaggle_faults import submit
 from test_params import RECOVER
 
 from eaftlib import notebooks, params
 from eaftlib.errors import ResultError
 from eaftlib.files import read_json
-from eaftlib.kaggle import build, job, outcome, pulling, pushing
+from eaftlib.kaggle import build, job, pulling
 from eaftlib.kaggle.service import Service
 
 KAGGLE = Path(job.__file__).parent
@@ -85,7 +86,7 @@ def test_another_notebook_is_one_entry(here, server, play, another, steps, state
 
     server.session = session
     service = Service(first_wait=0.01, longest_wait=0.02)
-    (entry,) = pushing.push([another], service, say=lambda line: None)
+    (entry,) = submit([another], service, say=lambda line: None)
     version = server.wait(entry.run)
     assert list(run_of(version)["files"]) == ["tiny/start/last.safetensors"]
     (entry,) = pulling.pull(service, say=lambda line: None)
@@ -104,7 +105,7 @@ ASKED = RECOVER | {
     "out_dir": "outputs/recovered-6",
 }  # fmt: skip
 # What a recovery's files say of a run that was asked for ASKED.
-SETTINGS = {name: ASKED[name] for name in ASKED.keys() - {"device", "dtype", "max_gpu_memory", "out_dir"}}
+SETTINGS = {name: ASKED[name] for name in ASKED.keys() - {"device", "dtype", "max_gpu_memory", "publish_to", "out_dir"}}
 TRAINED = {
     "trained": ["routers", "attention"], "attention_rank": 8, "parameters": 3970, "parameters_share": 0.036, "steps": 5,
     "best_step": 4, "tokens": 2560, "text": {"pack": "UNION", "rows": "calib"}, "init": None,
@@ -147,7 +148,7 @@ def test_a_recovery_carries_what_it_reads_and_brings_back_what_it_trained(here, 
 
     server.session = session
     service = Service(first_wait=0.01, longest_wait=0.02)
-    (entry,) = pushing.push([recover], service, say=lambda line: None)
+    (entry,) = submit([recover], service, say=lambda line: None)
     run = run_of(server.wait(entry.run))
     carried = {name for name in run["files"] if not name.startswith(("tiny/model/", "tiny/packs/"))}
     assert carried == {"tiny/rank/ranking.json", "tiny/rank/saliency.parquet", "tiny/trained.safetensors"}
@@ -167,7 +168,7 @@ def test_a_recovery_of_other_settings_is_not_taken_for_this_one(tmp_path, name):
         job.JOBS["05_recover"].verify(path, entry)
 
 
-@pytest.mark.parametrize("name", ["device", "dtype", "max_gpu_memory", "out_dir"])
+@pytest.mark.parametrize("name", ["device", "dtype", "max_gpu_memory", "publish_to", "out_dir"])
 def test_where_a_recovery_ran_is_none_of_its_settings(tmp_path, name):
     job.JOBS["05_recover"].verify(leave(tmp_path), SimpleNamespace(params=ASKED | {name: "other"}))
 
@@ -202,7 +203,7 @@ def test_a_recovery_without_its_tensors_is_none(tmp_path):
 
 def test_a_recovery_that_failed_leaves_nothing_that_an_evaluation_could_go_on_from(tmp_path):
     leave(tmp_path)
-    assert outcome.partial_results(tmp_path) == []
+    assert job.JOBS["03_evaluate"].partial(tmp_path) == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +225,7 @@ def test_pruning_is_not_taken_for_recovery_though_that_knows_all_its_names(recov
     """Nor are names that ranking and recovery share taken for either."""
     names = {"model": "tiny/model", "out_dir": "outputs/x"}
     recover.write_text(json.dumps(names | {"ranking": "tiny/rank", "criterion": "reap", "keep_n": 6}))
-    with pytest.raises(params.ParameterError, match="it is for 02_prune, which needs no GPU"):
-        build.plan(recover, build.read_settings())
+    assert build.plan(recover, build.read_settings()).notebook == "02_prune"
     recover.write_text(json.dumps(names | {"packs": "tiny/packs", "seq_len": 40, "num_blocks": 3}))
     words = (
         r"fit \['01_rank', '05_recover'\], expected exactly one of .* Give one more of those that only the right one"

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 from kaggle_server import assert_loopback, session_environment
-from test_kaggle_faults import files_of, impatient, push
+from test_kaggle_faults import files_of, impatient, push, submit
 
-from eaftlib.kaggle import build, ledger, pulling, pushing
+from eaftlib import notebooks
+from eaftlib.kaggle import build, finishing, ledger, pulling
 from eaftlib.kaggle.service import Service
 
 # Children of a server process that has imported everything once: each begins as a clean copy, without threads.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
-    ["eaftlib.kaggle.build", "eaftlib.kaggle.pulling", "eaftlib.kaggle.pushing", "kagglesdk.kaggle_client"]
+    ["eaftlib.kaggle.finishing", "eaftlib.kaggle.pulling", "eaftlib.kaggle.pushing", "kagglesdk.kaggle_client"]
 )
 FILE_EVENTS = ("os.rename", "os.mkdir", "shutil.rmtree", "os.remove")
 
@@ -27,7 +28,8 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     os.chdir(folder)
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")
-    build.make_wheel = lambda folder: wheel
+    build.make_wheel, build._require_all_code = lambda folder: wheel, lambda *_: None
+    notebooks.stale = lambda: []
     root = str(Path("kaggle_runs").resolve())
 
     def audit(event, arguments):
@@ -39,7 +41,9 @@ def drive(folder, environment, wheel, command, names, fatal, counted):
     sys.addaudithook(audit)
     service = Service(first_wait=0.01, longest_wait=0.02)
     if command == "push":
-        pushing.push([Path(f"params/tiny/{name}.yaml") for name in names], service, poll_seconds=0.02)
+        submit([Path(f"params/tiny/{name}.yaml") for name in names], service)
+    elif command == "follow":
+        finishing.follow(service, poll_seconds=0.02)
     else:
         pulling.pull(service)
 

@@ -35,7 +35,8 @@ def test_what_a_run_can_live_through():
         "new queued", "queued pushing", "queued failed", "pushing pushing", "pushing submitted", "pushing queued",
         "pushing failed", "submitted submitted", "submitted running", "submitted ended", "submitted failed",
         "running running", "running ended", "running failed", "ended verified", "ended failed", "ended submitted",
-        "verified submitted", "failed queued", "failed submitted",
+        "verified submitted", "failed queued", "failed submitted", "ended unfinished", "unfinished queued",
+        "unfinished submitted",
     }  # fmt: skip
     assert states.ACTIVE == ("pushing", "submitted", "running")
 

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.evaluation import results
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.trace import record
+from eaftlib.recovery import recover as recovery
 from eaftlib.text.packs import PackSource, pack_blocks
 
 TWO = replace(devices.place("cpu", "float32"), processes=2)
@@ -31,7 +34,7 @@ def note(folder, text):
     (Path(folder) / f"{text}-{ranks.current()[0]}").write_text(str(os.getpid()))
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def shares(folder, *, placement):
     """What each rank knows."""
     note(folder, "seen")
@@ -41,7 +44,7 @@ def shares(folder, *, placement):
     return ranks.current(), ranks.on_this_host(), placement, total.item(), names
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def fails(folder, how, placement):
     """On rank 1; rank 0 waits for it, computing or in a sum."""
     note(folder, "there")
@@ -55,7 +58,7 @@ def fails(folder, how, placement):
         time.sleep(0.01)
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def fails_last(folder, how, placement):
     """Of three, the last one, while the second still computes and the first waits."""
     if ranks.current()[0] == 2:
@@ -67,12 +70,12 @@ def fails_last(folder, how, placement):
     ranks.largest(0.0)
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def fails_everywhere(placement):
     raise PackError("pack z is not there")
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def fails_here(folder, placement):
     note(folder, "there")
     ranks.largest(0.0)
@@ -81,13 +84,13 @@ def fails_here(folder, placement):
     time.sleep(600)
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def sleeps(folder, placement):
     note(folder, "there")
     time.sleep(600)
 
 
-@over_gpus
+@over_gpus(lambda **_: 9)
 def warns(placement):
     if ranks.current()[0]:
         print("1 ran out of memory")
@@ -111,6 +114,30 @@ def test_each_rank_gets_the_call_and_its_own_placement(tmp_path):
         assert sorted(pids) == [f"seen-{r}" for r in range(processes)] and len(set(pids.values())) == processes
         assert pids.pop("seen-0") == str(os.getpid()) and all(map(is_gone, pids.values()))
         assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+@over_gpus(lambda shared, placement: shared)
+def divided(shared, placement):
+    return ranks.current(), placement
+
+
+@pytest.mark.parametrize("shared, started", [(0, 1), (1, 1), (2, 2), (5, 3)])
+def test_no_more_processes_are_started_than_have_work(monkeypatch, shared, started):
+    counts = [1]  # where no other is started
+    monkeypatch.setattr(launch, "_helpers", lambda count, call: (counts.append(count), nullcontext())[1])
+    monkeypatch.setattr(launch.pickle, "dumps", lambda call: monkeypatch.setenv(launch.SHARED, "1"))
+    (_, size), placement = divided(shared, replace(TWO, processes=3))
+    assert counts[-1] == started and size == 1 and placement.processes == 1
+
+
+def test_the_work_of_a_call_is_counted_in_micro_batches(monkeypatch, checkpoint):
+    monkeypatch.setitem(traversal.MICRO_BATCH_TOKENS, "cpu", 80)
+    monkeypatch.setitem(traversal.TRAINING_VALUES, "cpu", 80 * checkpoint.config.hidden_size)
+    count = evaluation._shares(TWO, [24, 40, 100], {"24": 3, "40": 5, "100": 2})
+    assert count == 3 == evaluation._shares(TWO, [40], 5)  # 1 of 3 blocks, 3 of at most 2 blocks, 2 of 1 block
+    blocks, step = SimpleNamespace(seq_len=40), SimpleNamespace(batch_blocks=4)
+    assert recovery._shares(checkpoint, blocks, TWO, held_out_blocks=3, schedule=step) == 2
+    assert recovery._shares(checkpoint, blocks, TWO, held_out_blocks=9, schedule=step) == 5
 
 
 def test_one_process_starts_no_other(tmp_path, monkeypatch):

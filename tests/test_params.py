@@ -20,7 +20,7 @@ RANK = {
 }  # fmt: skip
 PRUNE = {
     "model": "m", "ranking": "r", "criterion": "reap", "keep_frac": 0.5, "keep_n": None, "multiple_of": 4,
-    "core_top_m": 0, "keep_super": False, "out_dir": "o",
+    "core_top_m": 0, "keep_super": False, "publish_to": None, "out_dir": "o",
 }  # fmt: skip
 NO_LABELS = ("", " a", "a b", ".a", "-a", "+a", "_a", "a/b", "a\n", "$a", "a|b", "a<b", "ä", "a" * 101)
 EVALUATE = {
@@ -38,7 +38,7 @@ RECOVER = {
     "pack_files": None, "rows": "calib", "seq_len": 64, "num_blocks": 10, "held_out_blocks": 2, "batch_blocks": 8,
     "steps": 5, "learning_rate": 1e-3, "check_every": 2, "patience": 3, "other_weight": 0.15, "entropy_topk": 20,
     "cc_quantile": 0.15, "w_good": 1.0, "w_uncertain": 1.0, "w_conflict": 0.0, "seed": 0, "init": None,
-    "device": "auto", "dtype": "auto", "max_gpu_memory": None, "out_dir": "o",
+    "device": "auto", "dtype": "auto", "max_gpu_memory": None, "publish_to": None, "out_dir": "o",
 }  # fmt: skip
 EXPLORE = {"ranking": "r", "criterion": "reap", "keep_n": 16, "out_dir": "o"}
 KEEP = {"ranking": "r", "criterion": "reap", "keep_n": 16}
@@ -97,6 +97,8 @@ def test_a_missing_parameter_is_named(kind, values):
         (Prune, PRUNE, {"keep_n": "16"}),
         (Prune, PRUNE, {"keep_frac": "half"}),
         (Prune, PRUNE, {"ranking": None}),
+        (Prune, PRUNE, {"publish_to": "no-owner"}),
+        (Recover, RECOVER, {"publish_to": "owner/name/more"}),
         (Evaluate, EVALUATE, {"seq_lens": 64}),
         (Evaluate, EVALUATE, {"seq_lens": []}),
         (Evaluate, EVALUATE, {"seq_lens": [64, 0]}),

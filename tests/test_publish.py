@@ -141,6 +141,27 @@ def test_the_cards_own_snippet_runs_as_it_stands(hub, publish, python):
     assert "<|start|>user<|message|>What is 2 + 3?" in done.output
 
 
+UNJUDGED = """
+import sys
+from pathlib import Path
+from eaftlib.publish import publish_unjudged
+print(publish_unjudged(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def test_what_nobody_has_judged_says_so_until_it_is_published_with_its_verdict(hub, publish, python, work):
+    done = python(UNJUDGED, work / "pruned", NAME)
+    assert done.returncode == 0, done.errors
+    before, sent = hub.files(NAME), list(hub.stored)
+    text = before["README.md"].decode()
+    assert hub.repos["model", NAME].private and "\n**Not judged yet.**" in text and "What it cost" not in text
+    assert "near-lossless" not in text and f'name = "{NAME}"' in text
+    assert publish().returncode == 0
+    after = hub.files(NAME)
+    assert [name for name in after if after[name] != before.get(name)] == ["README.md"] and hub.stored == sent
+    assert "Not judged yet" not in after["README.md"].decode() and "What it cost" in after["README.md"].decode()
+
+
 def test_killed_after_the_first_shard_it_goes_on_with_the_others(hub, served, publish, work, tmp_path):
     shards = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (work / "pruned").glob("*.safetensors")}
     first = shards["model-00001-of-00004.safetensors"]

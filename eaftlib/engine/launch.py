@@ -30,26 +30,34 @@ LOST = signal.SIGUSR2  # rank 0's word to itself that another is gone; a job of 
 P, R = ParamSpec("P"), TypeVar("R")
 
 
-def over_gpus(work: Callable[P, R]) -> Callable[P, R]:
+def over_gpus(shares: Callable[..., int]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let ``work`` run once for each of the processes that its argument ``placement`` asks for, as ranks of one group.
 
-    This process is rank 0, on the first GPU, and returns what its own ``work`` returns. The others get the same
-    arguments, pickled, and what they return is dropped. Raises ScoringError when one of them fails.
+    shares: of the same arguments, among how many processes the work can be divided: no more are started. This process is
+    rank 0, on the first GPU, and returns what its own ``work`` returns. The others get the same arguments, pickled, and
+    what they return is dropped. Raises ScoringError when one of them fails.
     """
 
-    @functools.wraps(work)
-    def run(*args, **kwargs):
-        call = inspect.signature(work).bind(*args, **kwargs)
-        placement = call.arguments["placement"]
-        if placement.processes == 1:
-            return work(*args, **kwargs)
-        if SHARED in os.environ:
-            call.arguments["placement"] = placement.of_rank(ranks.current()[0])
-            return work(*call.args, **call.kwargs)
-        with _helpers(placement.processes, pickle.dumps((run, args, kwargs))):
-            return run(*args, **kwargs)
+    def decorate(work: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(work)
+        def run(*args, **kwargs):
+            call = inspect.signature(work).bind(*args, **kwargs)
+            placement = call.arguments["placement"]
+            if placement.processes == 1:
+                return work(*args, **kwargs)
+            if SHARED in os.environ:
+                call.arguments["placement"] = placement.of_rank(ranks.current()[0])
+                return work(*call.args, **call.kwargs)
+            count = max(1, min(placement.processes, shares(**call.arguments)))
+            if count == 1:
+                call.arguments["placement"] = placement.of_rank(0)
+                return work(*call.args, **call.kwargs)
+            with _helpers(count, pickle.dumps((run, args, kwargs))):
+                return run(*args, **kwargs)
 
-    return run
+        return run
+
+    return decorate
 
 
 def serve(path: str) -> None:

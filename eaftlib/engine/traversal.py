@@ -28,6 +28,17 @@ States = OnDevice | InHostMemory
 Loss = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
+def micro_batches(num_blocks: int, seq_len: int, device: torch.device, hidden_size: int | None = None) -> int:
+    """How many there are of so many blocks, where memory suffices; hidden_size: the model's, in training."""
+    return -(-num_blocks // _blocks_at_once(seq_len, device, hidden_size))
+
+
+def _blocks_at_once(seq_len: int, device: torch.device, hidden_size: int | None, most: int | None = None) -> int:
+    """most: tokens, where memory has run out before."""
+    at_once = MICRO_BATCH_TOKENS[device.type] if hidden_size is None else TRAINING_VALUES[device.type] // hidden_size
+    return max(1, min(at_once, most or at_once) // seq_len)
+
+
 class Traversal:
     """One way of blocks through a model's variants. A wave of blocks passes all layers before the next wave starts.
 
@@ -49,11 +60,8 @@ class Traversal:
         self.weights, self.variants, self.observers, self.journal = weights, variants, observers, journal
         self.tokens = torch.from_numpy(blocks.tokens).long()
         self.device, self.seq_len = weights.device, blocks.seq_len
-        at_once = MICRO_BATCH_TOKENS[self.device.type]
-        if weights.backend.training:
-            at_once = TRAINING_VALUES[self.device.type] // weights.checkpoint.config.hidden_size
-        at_once = min(at_once, weights.room.tokens or at_once)
-        self.batch = min(max(1, at_once // self.seq_len), len(self.tokens))
+        width = weights.checkpoint.config.hidden_size if weights.backend.training else None
+        self.batch = min(_blocks_at_once(self.seq_len, self.device, width, weights.room.tokens), len(self.tokens))
         self.positions = torch.arange(self.seq_len, device=self.device)[None]
         self._batches = self._left() if journal else self._my_batches()
 

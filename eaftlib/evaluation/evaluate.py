@@ -16,6 +16,7 @@ from ..engine.journal import FOLDER, Journal
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
 from ..engine.selftest import LONG_TOKENS, selftest
+from ..engine.traversal import micro_batches
 from ..engine.weights import Weights
 from ..errors import ParameterError, ResultError
 from ..files import FILE_NAME, require_writable_folder
@@ -28,7 +29,11 @@ from .identity import Identity, Question
 from .statistics import Tokens, aggregate
 
 
-@over_gpus
+def _shares(placement: Placement, seq_lens: Sequence[int], num_blocks: int | Mapping[str, int], **_) -> int:
+    return max((micro_batches(results.blocks_at(num_blocks, n), n, placement.device) for n in seq_lens), default=1)
+
+
+@over_gpus(_shares)
 def evaluate(
     checkpoint: Checkpoint,
     source: PackSource,

@@ -1,5 +1,6 @@
 """From a file of parameters to a push folder: one notebook that carries its parameters, its code and its set-up."""
 
+import ast
 import base64
 import hashlib
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +27,12 @@ from .. import notebooks, params, project
 from ..errors import KaggleError, ParameterError
 from ..files import sha256, write_json
 from .job import JOBS, Input
+from .ledger import Entry
 
 ROOT = Path(__file__).parents[2]  # the repository that this library is run from
 SETTINGS_FILE = Path("params/kaggle.yaml")
 NOTEBOOK_FILE, METADATA_FILE = "notebook.ipynb", "kernel-metadata.json"
+FILES, DATA_SET_FILE = "files", "dataset-metadata.json"  # the data set that goes along with every attempt of a run
 WHEEL_LIMIT = 600_000  # bytes; a larger wheel goes into a data set
 NOTEBOOK_LIMIT = 950_000  # bytes of what the client sends; the service refuses 1,000,000
 TITLE_LIMIT = 50  # characters of a kernel's title
@@ -129,14 +132,12 @@ def plan(params_file: Path, settings: Settings) -> Plan:
         raise ParameterError(f"{params_file}: {error}") from None
 
 
-def build(
-    what: Plan, settings: Settings, folder: Path, owner: str, *, attempt: int = 1, resume: Sequence[Carried] = ()
-) -> None:
-    """Write the push folder of a plan: the notebook, kernel-metadata.json, and a folder for each data set it needs.
+def build(what: Plan, settings: Settings, folder: Path, owner: str) -> None:
+    """Write the push folder of a plan: the notebook, kernel-metadata.json, and a folder for the data set it needs.
 
-    resume: partial results of an earlier attempt; a data set of their own, so that the others are not sent again.
     Raises KaggleError when the notebook is too large to push.
     """
+    job = JOBS[what.notebook]
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
         wheel = make_wheel(Path(temporary))
@@ -145,41 +146,84 @@ def build(
         embedded = wheel.stat().st_size <= WHEEL_LIMIT
         if not embedded:
             carried.append(Carried(wheel.name, wheel, sha256(wheel)))
-        stored = [_store(folder / "files", carried, owner)] if carried else []
-        stored += [_store(folder / "resume", resume, owner)] if resume else []
-        carried += resume
+        stored = [_store(folder / FILES, carried, owner)] if carried else []
         text = base64.b85encode(wheel.read_bytes()).decode() if embedded else ""
         facts = {"name": wheel.name, "sha256": sha256(wheel)}
-    names = [wanted.name for wanted in JOBS[what.notebook].inputs(what.parameters)]
-    mapped = {name: settings.inputs[name] for name in names if name in settings.inputs}
     run = {
         "run": what.run,
-        "attempt": attempt,
+        "attempt": 1,
         "params_sha256": what.params_sha256,
         "code_sha256": what.code_sha256,
         "commit": what.commit,
-        "results_folder": JOBS[what.notebook].folder(what.parameters),
-        "internet": settings.internet,
-        "deadline_seconds": session_seconds(settings) - FINISHING_SECONDS,
+        "results_folder": job.folder(what.parameters),
+        "brings": job.brings(what.parameters),
         "wheel": facts,
         "python": _project()["requires-python"],
         "requires": _requirements(),
+        "files": _files(carried),
+    }
+    inputs = _mapped(what.notebook, what.parameters, settings)
+    run |= _surroundings(settings, inputs, stored)
+    metadata = _metadata(what.run, owner, [*inputs.values(), *stored], settings, job.gpu)
+    _write(folder, _notebook(what, run, text), metadata)
+
+
+def build_next(entry: Entry, previous: Path, folder: Path, settings: Settings, resume: Sequence[Carried]) -> None:
+    """Write the push folder of a run's next attempt: the notebook in ``previous``, whatever has become of the code since.
+
+    resume: what the attempts before have left; a data set of its own, so that the others are not sent again.
+    """
+    folder.mkdir(parents=True)
+    stored = []
+    if (previous / FILES).is_dir():
+        shutil.copytree(previous / FILES, folder / FILES, copy_function=os.link)
+        stored.append(json.loads((previous / FILES / DATA_SET_FILE).read_text())["id"])
+    if resume:
+        stored.append(_store(folder / "resume", resume, entry.owner, copy=os.link))
+    notebook = nbformat.read(previous / NOTEBOOK_FILE, 4)
+    cells = {cell.get("id"): cell for cell in notebook.cells}
+    run = ast.literal_eval(ast.parse(cells["start"].source).body[0].value)
+    own = {name: file for name, file in run["files"].items() if not file["resume"]}
+    inputs = _mapped(entry.notebook, entry.params, settings)
+    run |= {"attempt": entry.attempt, "files": own | _files(resume)} | _surroundings(settings, inputs, stored)
+    cells["start"].source = _start(run)
+    cells["about"].source = ABOUT.format(**run, params_file=entry.params_file, notebook=entry.notebook)
+    gpu = JOBS[entry.notebook].gpu
+    _write(folder, notebook, _metadata(entry.run, entry.owner, [*inputs.values(), *stored], settings, gpu))
+
+
+def _mapped(notebook: str, parameters: dict[str, Any], settings: Settings) -> dict[str, str]:
+    """What parameters name that lies on Kaggle, and where."""
+    names = [wanted.name for wanted in JOBS[notebook].inputs(parameters)]
+    return {name: settings.inputs[name] for name in names if name in settings.inputs}
+
+
+def _surroundings(settings: Settings, inputs: dict[str, str], stored: Sequence[str]) -> dict[str, Any]:
+    """What the set-up cell finds around it, and how long it has."""
+    return {
+        "internet": settings.internet,
+        "deadline_seconds": session_seconds(settings) - FINISHING_SECONDS,
         "wheel_mounts": _mounts(settings.wheels) if settings.wheels else [],
-        "mounts": {name: _mounts(source) for name, source in mapped.items()},
+        "mounts": {name: _mounts(source) for name, source in inputs.items()},
         # Named after their content, so whoever owns them: a notebook that is pushed by hand is built before that is known.
         "file_mounts": [mount for source in stored for mount in _mounts("*/" + source.split("/")[1])],
-        "files": {c.name: {"stored_as": c.stored_as, "sha256": c.sha256, "resume": c.resume} for c in carried},
     }
-    notebook = nbformat.writes(_notebook(what, run, text))
+
+
+def _files(carried: Sequence[Carried]) -> dict[str, dict[str, Any]]:
+    return {c.name: {"stored_as": c.stored_as, "sha256": c.sha256, "resume": c.resume} for c in carried}
+
+
+def _write(folder: Path, notebook: nbformat.NotebookNode, metadata: dict[str, Any]) -> None:
+    text = nbformat.writes(notebook)
     # The client sends the notebook as one line of JSON.
-    size = len(json.dumps(json.loads(notebook)))
+    size = len(json.dumps(json.loads(text)))
     if size > NOTEBOOK_LIMIT:
         raise KaggleError(
-            f"{what.run}: the notebook has {size:,} bytes; Kaggle takes {NOTEBOOK_LIMIT:,}. Shorten its parameters."
+            f"{metadata['title']}: the notebook has {size:,} bytes; Kaggle takes {NOTEBOOK_LIMIT:,}. Shorten its parameters."
         )
-    (folder / NOTEBOOK_FILE).write_text(notebook)
-    sources = [s for s in (*mapped.values(), settings.wheels, *stored) if s]
-    write_json(folder / METADATA_FILE, _metadata(what.run, owner, sources, settings))
+    (folder / NOTEBOOK_FILE).write_text(text)
+    write_json(folder / METADATA_FILE, metadata)
 
 
 def session_seconds(settings: Settings) -> int:
@@ -221,6 +265,8 @@ def _plan(params_file: Path, values: dict[str, Any], settings: Settings) -> Plan
     # Only what was set: a keep-set that is a label alone must still be one when the notebook reads it.
     parameters = params.of_notebook(notebook, values).model_dump(exclude_unset=True)
     _require_inside("out_dir", parameters["out_dir"])
+    if parameters.get("publish_to") and not settings.internet:
+        raise ParameterError(f"publish_to: {SETTINGS_FILE} turns internet off; turn it on, or set None")
     carried = _carried(JOBS[notebook].inputs(parameters), settings)
     code = project.code_sha256()
     digest = _sha256_of(parameters)
@@ -270,14 +316,14 @@ def _require_inside(name: str, path: str) -> None:
         raise ParameterError(f"{name}: found {path!r}; a run on Kaggle needs a path below the repository's root")
 
 
-def _store(folder: Path, carried: Sequence[Carried], owner: str) -> str:
+def _store(folder: Path, carried: Sequence[Carried], owner: str, copy: Callable = shutil.copy) -> str:
     """Put carried files into one flat folder, to become a data set named after its content; returns owner/name."""
     folder.mkdir()
     for c in carried:
-        shutil.copy(c.path, folder / c.stored_as)
+        copy(c.path, folder / c.stored_as)
     slug = f"eaft-files-{_sha256_of([[c.stored_as, c.sha256] for c in carried])[:16]}"
     metadata = {"id": f"{owner}/{slug}", "title": slug, "licenses": [{"name": "other"}]}
-    write_json(folder / "dataset-metadata.json", metadata)
+    write_json(folder / DATA_SET_FILE, metadata)
     return f"{owner}/{slug}"
 
 
@@ -297,7 +343,9 @@ def _requirements() -> list[str]:
     return _project()["dependencies"] + [r for r in extra if re.split(r"[<>=]", r)[0] not in _TOOLS]
 
 
-def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> dict[str, Any]:
+def _metadata(run: str, owner: str, sources: list[str], settings: Settings, gpu: bool) -> dict[str, Any]:
+    if settings.wheels:
+        sources = [*sources, settings.wheels]
     return {
         "id": f"{owner}/{run}",
         "title": run,
@@ -305,9 +353,9 @@ def _metadata(run: str, owner: str, sources: list[str], settings: Settings) -> d
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
-        "enable_gpu": True,
+        "enable_gpu": gpu,
         "enable_internet": settings.internet,
-        "machine_shape": settings.accelerator,
+        "machine_shape": settings.accelerator if gpu else "",
         "dataset_sources": [s for s in sources if s.count("/") == 1],
         "model_sources": [s for s in sources if s.count("/") == 4],
         "kernel_sources": [],
@@ -322,8 +370,6 @@ def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookN
         cell["id"] = f"cell-{number:02}"
         cell.metadata.pop("papermill", None)
     lines = [wheel[i : i + _COLUMNS] for i in range(0, len(wheel), _COLUMNS)]
-    start = f"RUN = {pprint.pformat(run, sort_dicts=False, width=110)}"
-    start += '\nsession = Session(RUN, earlier=globals().get("session"))\nsession.start(WHEEL)'
     cells = [
         _markdown("about", ABOUT.format(**run, params_file=what.params_file, notebook=what.notebook)),
         _code("set-up", Path(__file__).with_name("setup_cell.py").read_text().rstrip(), hidden=True),
@@ -332,7 +378,7 @@ def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookN
             "# eaftlib itself, base85\nWHEEL = (\n" + "".join(f'    "{x}"\n' for x in lines or [""]) + ")",
             hidden=True,
         ),
-        _code("start", start),
+        _code("start", _start(run)),
         *inner.cells,
         _markdown(
             "result",
@@ -342,6 +388,11 @@ def _notebook(what: Plan, run: dict[str, Any], wheel: str) -> nbformat.NotebookN
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+def _start(run: dict[str, Any]) -> str:
+    text = f"RUN = {pprint.pformat(run, sort_dicts=False, width=110)}"
+    return text + '\nsession = Session(RUN, earlier=globals().get("session"))\nsession.start(WHEEL)'
 
 
 def _markdown(name: str, source: str) -> nbformat.NotebookNode:

@@ -36,7 +36,12 @@ def describe(entry: Entry) -> str:
     """One line: the run, its state and for how long, and what to know about it."""
     minutes = int((datetime.now(UTC) - entry.since).total_seconds() // 60)
     note = entry.steps[-1].note
-    told = {"queued": note or entry.params_file, "verified": str(entry.result_folder), "failed": note}
+    told = {
+        "queued": note or entry.params_file,
+        "verified": str(entry.result_folder),
+        "failed": note,
+        "unfinished": note,
+    }
     told["pushing"] = "whether it arrived is not known: repeat make kaggle-push"
     return f"{entry.run}  {entry.state} {minutes} min  {told.get(entry.state, entry.url)}"
 

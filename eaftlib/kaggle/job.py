@@ -1,21 +1,27 @@
 """The notebooks that run on Kaggle: what each needs beside its parameters, what it leaves, how that is verified."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
 
 from .. import params, recovery
 from ..errors import ResultError
 from ..evaluation import results
-from ..files import read_json
+from ..files import read_json, read_typed, sha256
 from ..pruning.criteria import RECON
 from ..text.packs import UNION
 from .ledger import Entry
 
 Parameters = dict[str, Any]
 
-_NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "out_dir"}  # where a recovery runs, not what it is
+# recovery.recover's and pruning.slicing's, which cannot be imported without torch
+_STATE = "state.safetensors"
+_MANIFEST, _MAPPING, _MANIFEST_SCHEMA = "prune_manifest.json", "expert_mapping.json", "eaft-prune/1"
+_NO_SETTINGS = {"device", "dtype", "max_gpu_memory", "publish_to", "out_dir"}  # where a recovery runs, not what it is
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,32 @@ class Job:
     """One notebook; its parameters are of the class that ``params.NOTEBOOKS`` gives.
 
     inputs: what the parameters name. files: names of the files that it leaves and that others read. verify: raises
-    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them.
+    ResultError unless a JSON among them is what this run was asked for. folder: where it leaves them; None: in none of
+    their own, and ``brings`` says where they lie beside what is not brought back. partial: what another
+    session can go on from besides the journal of a pass, and how much of the work that holds; unit: in what. tokens: how many
+    go through the model, once for each model, or None where parameters do not say. speeds: of a result, tokens and tokens/s of
+    its parts. trains: whether a token costs a training step's. gpu: whether it computes.
     """
 
     inputs: Callable[[Parameters], list[Input]]
     files: Callable[[Parameters], list[str]]
     verify: Callable[[Path, Entry], None]
-    folder: Callable[[Parameters], str] = lambda parameters: parameters["out_dir"]
+    folder: Callable[[Parameters], str | None] = lambda parameters: parameters["out_dir"]
+    brings: Callable[[Parameters], list[str]] = lambda parameters: []
+    partial: Callable[[Path], tuple[list[Path], int]] = lambda folder: ([], 0)
+    unit: str = "results"
+    tokens: Callable[[Parameters], int | None] = lambda parameters: None
+    speeds: Callable[[Path], list[tuple[int, float]]] = lambda folder: []
+    trains: bool = False
+    gpu: bool = True
+
+
+def _model_and_ranking(parameters: Parameters) -> list[Input]:
+    return [Input(parameters["model"], _whole_folder), _ranking(parameters["ranking"])]
+
+
+def _manifest_and_mapping(parameters: Parameters) -> list[str]:
+    return [f"{parameters['out_dir']}/{name}" for name in (_MANIFEST, _MAPPING)]
 
 
 def _sources(parameters: Parameters) -> list[Input]:
@@ -92,6 +117,30 @@ def _verify_ranking(path: Path, entry: Entry) -> None:
         raise ResultError(f"{path.name}: criteria are {sorted(ranking.get('criteria', {}))}, not {asked['criteria']}")
 
 
+class _Manifest(BaseModel):
+    """What is verified of it."""
+
+    schema_: Annotated[Literal[_MANIFEST_SCHEMA], Field(alias="schema")]
+    source: dict[str, Any]
+    num_experts_before: PositiveInt
+    num_experts_after: PositiveInt
+    chosen_by: dict[str, Any]
+    sha256: dict[str, str]
+
+
+def _verify_prune(path: Path, entry: Entry) -> None:
+    """The manifest says what was asked for, and that the mapping is its own."""
+    asked = entry.params
+    manifest = read_typed(path.with_name(_MANIFEST), _Manifest, ResultError, "pull again")
+    _require(path, manifest.source, {"model_id": asked["model"]})
+    keep = params.Prune.check(asked).keep_set
+    expected = _chosen(keep, {"num_experts": manifest.num_experts_before, "top_k": 1})
+    expected |= {name: keep[name] for name in ("core_top_m", "keep_super")}
+    _require(path, manifest.chosen_by, expected)
+    _require(path, {"num_experts_after": manifest.num_experts_after}, {"num_experts_after": expected["keep_n"]})
+    _require(path, manifest.sha256, {_MAPPING: sha256(path.with_name(_MAPPING))})
+
+
 def _verify_result(path: Path, entry: Entry) -> None:
     result, asked = results.read(path), entry.params
     expected = {name: asked[name] for name in ("rows", "entropy_topk", "cc_quantile")}
@@ -109,6 +158,77 @@ def _verify_result(path: Path, entry: Entry) -> None:
             if (pack, seq_len) not in result.entries:
                 raise ResultError(f"{path.name} has no {pack} at {seq_len}")
             result.tokens(pack, seq_len)
+
+
+def _finished_passes(folder: Path) -> tuple[list[Path], int]:
+    """Results of whole passes, each with its tokens."""
+    sound = {f: passes for f in sorted(folder.glob("*.json")) if (passes := _passes(f))}
+    return [f for json_file in sound for f in (json_file, results.tokens_path(json_file))], sum(sound.values())
+
+
+def _passes(path: Path) -> int:
+    """How many a result holds; 0 where it cannot be read: a session that was killed may have cut it short."""
+    try:
+        found = results.read(path)
+        results.read_tokens(results.tokens_path(path), found.meta.get("num_blocks"))
+    except ResultError:
+        return 0
+    return len(found.entries)
+
+
+def _scored_tokens(parameters: Parameters) -> int | None:
+    """Every pack at every length, once for each model."""
+    asked = params.Evaluate.check(parameters)
+    blocks = asked.blocks_by_length
+    if asked.only is not None:
+        packs = len(asked.only)
+    elif asked.pack_files is not None:
+        packs = len(asked.pack_files) + 1  # and UNION
+    elif Path(asked.packs).is_dir():
+        packs = len(list(Path(asked.packs).rglob("*.parquet"))) + 1
+    else:
+        return None
+    at_each = ((blocks if isinstance(blocks, int) else blocks[str(n)]) * n for n in asked.seq_lens)
+    return packs * sum(at_each) * len(asked.keep_sets)
+
+
+def _ranked_tokens(parameters: Parameters) -> int:
+    return parameters["num_blocks"] * parameters["seq_len"]
+
+
+def _trained_tokens(parameters: Parameters) -> int:
+    """Of all steps, and of the looks at the text that is held back: cheaper, counted as if trained on."""
+    looks = 1 + parameters["steps"] // parameters["check_every"]
+    blocks = parameters["steps"] * parameters["batch_blocks"] + looks * parameters["held_out_blocks"]
+    return blocks * parameters["seq_len"]
+
+
+def _scoring_speeds(folder: Path) -> list[tuple[int, float]]:
+    speeds = []
+    for result in results.read_all([str(folder)]):
+        for (_, seq_len), entry in result.entries.items():
+            blocks = result.meta["num_blocks"]
+            tokens = (blocks if isinstance(blocks, int) else blocks[str(seq_len)]) * seq_len
+            speeds.append((tokens, entry["model"]["tok_s_pred"]))
+    return speeds
+
+
+def _training_speeds(folder: Path) -> list[tuple[int, float]]:
+    last = read_json(folder / recovery.RECORD, ResultError, "pull again")["curve"][-1]
+    return [(last["tokens"], last["tokens"] / last["seconds"])] if last["tokens"] else []
+
+
+def _steps_so_far(folder: Path) -> tuple[list[Path], int]:
+    """A training's state, which goes on at its last look."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / _STATE
+    try:
+        with safe_open(path, "numpy") as opened:
+            curve = json.loads(opened.metadata()["curve"])
+    except (OSError, SafetensorError):  # there is none, or it was cut short
+        return [], 0
+    return [path], curve[-1]["step"]
 
 
 def _verify_recovery(path: Path, entry: Entry) -> None:
@@ -160,12 +280,38 @@ def _require(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 
 JOBS = {
-    "01_rank": Job(_sources, lambda parameters: ["ranking.json", "saliency.parquet"], _verify_ranking),
-    "03_evaluate": Job(_sources_and_rankings, _result_files, _verify_result),
+    "01_rank": Job(
+        _sources,
+        lambda parameters: ["ranking.json", "saliency.parquet"],
+        _verify_ranking,
+        tokens=_ranked_tokens,
+    ),
+    "02_prune": Job(
+        _model_and_ranking,
+        lambda parameters: [_MANIFEST, _MAPPING],  # the checkpoint has gigabytes: it is published, or cut again
+        _verify_prune,
+        folder=lambda parameters: None,
+        brings=_manifest_and_mapping,
+        gpu=False,
+    ),
+    "03_evaluate": Job(
+        _sources_and_rankings,
+        _result_files,
+        _verify_result,
+        partial=_finished_passes,
+        unit="passes",
+        tokens=_scored_tokens,
+        speeds=_scoring_speeds,
+    ),
     "05_recover": Job(
         _sources_ranking_and_init,
         lambda parameters: [recovery.RECORD, recovery.TENSORS],  # of these the checkpoint can be made anywhere
         _verify_recovery,
         folder=lambda parameters: f"{Path(parameters['out_dir'])}.training",
+        partial=_steps_so_far,
+        unit="steps",
+        tokens=_trained_tokens,
+        speeds=_training_speeds,
+        trains=True,
     ),
 }

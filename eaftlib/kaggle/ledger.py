@@ -29,6 +29,21 @@ class Step(BaseModel):
     note: str = ""
 
 
+class Session(BaseModel):
+    """What came of an attempt that did not end the run.
+
+    finished: how much of the work its files hold, in the notebook's unit. journal_bytes: of what a pass has noted that is
+    not finished. progress: whether that is more than what it began with. next_from: the attempt whose files another
+    session goes on from, if any has left some.
+    """
+
+    attempt: int
+    finished: int
+    journal_bytes: int
+    progress: bool
+    next_from: int | None
+
+
 class Entry(BaseModel):
     """One run. ``attempt`` counts pushes that were meant; ``version`` is the kernel's, once the service has said it."""
 
@@ -47,6 +62,7 @@ class Entry(BaseModel):
     url: str | None = None
     steps: list[Step]
     unknown_since: datetime | None = None  # since when the service has denied that there is such a kernel
+    sessions: list[Session] = []
     results: dict[str, str] = {}
 
     @property
@@ -67,9 +83,14 @@ class Entry(BaseModel):
     def result_folder(self) -> Path:
         return folder(self.run) / "result"
 
-    def failed_folder(self, attempt: int) -> Path:
+    def left_folder(self, attempt: int) -> Path:
         """What came of an attempt whose results were not verified."""
-        return folder(self.run) / f"failed-{attempt}"
+        return folder(self.run) / f"left-{attempt}"
+
+    @property
+    def session_before(self) -> Session | None:
+        """What the present attempt began with."""
+        return next((s for s in reversed(self.sessions) if s.attempt < self.attempt), None)
 
     @property
     def owner(self) -> str:

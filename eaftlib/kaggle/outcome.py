@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import ResultError
-from ..evaluation import results
 from ..files import parse_json, sha256, write_json
 from .job import JOBS
 from .ledger import Entry
@@ -28,7 +27,7 @@ class Outcome(BaseModel):
     params_sha256: str
     code_sha256: str
     commit: str
-    status: Literal["running", "complete", "failed"]
+    status: Literal["running", "complete", "failed", "deadline"]
     error: str | None
     machine: dict[str, Any]
     files: dict[str, str]
@@ -40,21 +39,22 @@ def read(folder: Path) -> Outcome:
     return _outcome(parse_json(path, ResultError, "the session left no outcome"), path)
 
 
-def partial_results(folder: Path) -> list[Path]:
-    """Result files that hold whole packs, each with its tokens, of a session that did not complete."""
-    jsons = [f for f in sorted(folder.glob("*.json")) if f.name != OUTCOME and _is_sound(f)]
-    return [f for json_file in jsons for f in (json_file, results.tokens_path(json_file))]
-
-
-def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
-    """Raise ResultError unless ``folder`` holds the complete and sound results of this run and no other."""
+def require_own(outcome: Outcome, entry: Entry) -> None:
+    """Raise ResultError unless it is of this run's present attempt."""
     for name in ("run", "params_sha256", "code_sha256"):
         found, expected = getattr(outcome, name), getattr(entry, name)
         if found != expected:
             raise ResultError(f"{OUTCOME}: {name} is {found}, expected {expected}: this is another run's output")
+    if outcome.attempt != entry.attempt:
+        raise ResultError(f"this is the output of attempt {outcome.attempt}, expected {entry.attempt}")
+
+
+def check(folder: Path, outcome: Outcome, entry: Entry) -> None:
+    """Raise ResultError unless ``folder`` holds the complete and sound results of this run and no other."""
+    require_own(outcome, entry)
     if outcome.status == "running":
         raise ResultError(ENDED_EARLY)
-    if outcome.status == "failed":
+    if outcome.status != "complete":
         raise ResultError(last_line(outcome.error or "failed without an error"))
     for name, digest in outcome.files.items():
         if not (folder / name).is_file():
@@ -131,16 +131,6 @@ def _outcome(content: object, source: Path) -> Outcome:
         raise ResultError(
             f"{source} is no outcome of a session: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from None
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a result can be continued: what came of a session that was killed may be cut short, or a 404 page."""
-    try:
-        found = results.read(path)
-        results.read_tokens(results.tokens_path(path), found.meta.get("num_blocks"))
-    except ResultError:
-        return False
-    return True
 
 
 def _require_finite(path: Path) -> None:

@@ -11,6 +11,7 @@ from . import ledger, outcome
 from .following import GRACE, Say, arrived, chosen, counts, describe, refresh, say_now
 from .ledger import Entry
 from .service import Refused, Service
+from .sessions import LOG, take_stock
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -20,22 +21,22 @@ def pull(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list
 
     runs: these, also if they were settled before, say by a download that failed; else all of the account's that were
     not. A run whose results are complete and its own becomes ``verified``, and they are in ``result/``. Any other becomes
-    ``failed``; what came lies in ``failed-<attempt>/`` with the log. Raises KaggleError at the end if a run could not be
-    asked about.
+    ``unfinished``, where another session can go on, or ``failed``; what came lies in ``left-<attempt>/`` with the log.
+    Raises KaggleError at the end if a run could not be asked about.
     """
     pulled, problems = [], []
     for named in chosen(service, runs):
-        if not runs and named.state in ("verified", "failed"):
+        if not runs and named.state in ("verified", "failed", "unfinished"):
             continue
         try:
-            entry = _pull_one(service, named.run)
+            entry = bring(service, named.run)
         except KaggleError as error:
             problems.append(named.run)
             say(f"{named.run}  {error}")
             continue
         pulled.append(entry)
         say(describe(entry))
-        if entry.state == "failed" and (trace := _last_traceback(entry)):
+        if entry.state in ("failed", "unfinished") and (trace := last_traceback(entry)):
             say("    " + trace.replace("\n", "\n    "))
     if problems:
         raise KaggleError(f"not pulled: {', '.join(problems)}. Repeat the command later.")
@@ -44,10 +45,11 @@ def pull(service: Service, runs: Sequence[str] = (), say: Say = say_now) -> list
     return pulled
 
 
-def _pull_one(service: Service, run: str) -> Entry:
+def bring(service: Service, run: str) -> Entry:
+    """How one run is getting on, with its output if its session is over."""
     with ledger.locked():
         entry = ledger.find(run)
-        if entry.state == "failed" or (entry.state == "verified" and not entry.result_folder.is_dir()):
+        if entry.state in ("failed", "unfinished") or (entry.state == "verified" and not entry.result_folder.is_dir()):
             entry = _look_again(service, entry)
         entry = refresh(service, entry)
     if entry.state != "ended":
@@ -71,10 +73,8 @@ def _fetch(service: Service, entry: Entry) -> Entry:
     refused: list[str] = []
     try:
         log, refused = service.output(entry.run, download)
-        (download / "session.log").write_text(readable_log(log))
+        (download / LOG).write_text(readable_log(log))
         found = outcome.read(download)
-        if found.attempt != entry.attempt:
-            raise ResultError(f"this is the output of attempt {found.attempt}, expected {entry.attempt}")
         outcome.check(download, found, entry)
         if refused:
             raise ResultError(refused[0])
@@ -82,9 +82,9 @@ def _fetch(service: Service, entry: Entry) -> Entry:
         if _shows_attempt_before(download, entry):
             return entry.enter("submitted", f"the service still shows attempt {entry.attempt - 1}")
         reasons = [entry.steps[-1].note, str(error).replace(f"{download}/", ""), *refused]
-        if (download / outcome.OUTCOME).is_file() or not entry.failed_folder(entry.attempt).is_dir():
-            _replace(download, entry.failed_folder(entry.attempt))
-        return entry.enter("failed", " | ".join(dict.fromkeys(reasons)))
+        if (download / outcome.OUTCOME).is_file() or not entry.left_folder(entry.attempt).is_dir():
+            _replace(download, entry.left_folder(entry.attempt))
+        return take_stock(entry, reasons)
     _replace(download, entry.result_folder)
     return entry.enter("verified", results=found.files)
 
@@ -115,14 +115,17 @@ def readable_log(log: str) -> str:
     return _ANSI.sub("", "".join(str(line.get("data", "")) for line in lines))
 
 
-def _last_traceback(entry: Entry) -> str:
-    """From the outcome, or else from the log; at most its last 30 lines."""
-    folder = entry.failed_folder(entry.attempt)
+def last_traceback(entry: Entry) -> str:
+    """From the outcome, or else from the log; at most its last 30 lines. None of a deadline, which is no error."""
+    folder = entry.left_folder(entry.attempt)
     try:
-        text = outcome.read(folder).error or ""
+        found = outcome.read(folder)
+        if found.status == "deadline":
+            return ""
+        text = found.error or ""
     except ResultError:  # there is none, which is already the run's note
         text = ""
-    if not text and (folder / "session.log").is_file():
-        text = (folder / "session.log").read_text()
+    if not text and (folder / LOG).is_file():
+        text = (folder / LOG).read_text()
     start = text.rfind("Traceback (most recent call last)")
     return "\n".join(text[start:].strip().splitlines()[-30:]) if start >= 0 else ""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import KaggleError
-from ..files import sha256
-from . import build, ledger, outcome
+from . import build, forecast, ledger, sessions
 from .build import Plan, Settings
-from .following import GRACE, Say, arrived, counts, describe, refresh, say_now
+from .following import Say, arrived, counts, describe, refresh, say_now
 from .ledger import Busy, Entry
 from .service import LimitReached, QuotaReached, Refused, Service, Unreachable
 from .states import Name
@@ -21,39 +20,46 @@ POLL_SECONDS = 60
 QUOTA_POLLS = 10  # of which one is enough while the week's quota is used up
 # How long a push without an answer may take to show itself, before it is made again.
 SETTLE = timedelta(minutes=5)
-_ALIVE = ("QUEUED", "RUNNING")
 
 
 class BadDataset(KaggleError):
     """A data set that this run needs is there, but not whole."""
 
 
-def push(
-    params_files: Sequence[Path],
-    service: Service,
-    *,
-    at_limit: Literal["wait", "stop"] = "wait",
-    resume: bool = False,
-    poll_seconds: float = POLL_SECONDS,
-    say: Say = say_now,
-) -> list[Entry]:
-    """Queue a run for each file, and submit all, no more at a time than the account may have.
+def queue(params_files: Sequence[Path], service: Service, *, resume: bool = False, say: Say = say_now) -> list[str]:
+    """Say what new runs will take and queue one for each file; returns the runs' names.
 
-    A run that was submitted before is left alone; with ``resume`` one that failed, and whose session is over, is pushed
-    again with the results it has. A run that the service refuses becomes ``failed``, and the others go on. at_limit
-    ``stop``: raise LimitReached instead of waiting for a session or for quota. Raises KaggleError.
+    A run that was submitted before is left alone, but one that its session left unfinished goes on in another; with
+    ``resume`` also one that failed, and whose session is over. Raises KaggleError.
     """
     settings = build.read_settings()
     # A mistake in one is found before any is queued.
     plans = [build.plan(Path(file), settings) for file in params_files]
+    forecast.announce([plan for plan in plans if not ledger.find(plan.run)], settings, service, say)
     runs = [_queue(plan, settings, service, resume, say) for plan in plans]
     _mention_left_behind(plans, say)
-    shown = ""
+    return runs
+
+
+def submit(
+    service: Service,
+    runs: Sequence[str],
+    *,
+    at_limit: Literal["wait", "stop"] = "wait",
+    poll_seconds: float = POLL_SECONDS,
+    say: Say = say_now,
+) -> list[Entry]:
+    """Submit all that are queued, no more at a time than the account may have.
+
+    A run that the service refuses becomes ``failed``, and the others go on. at_limit ``stop``: raise LimitReached instead of
+    waiting for a session or for quota. Raises KaggleError.
+    """
+    settings, shown = build.read_settings(), ""
     while True:
-        limit = _submit_queued(service, runs, settings.gpu_sessions, say)
+        limit = submit_queued(service, runs, settings.gpu_sessions, say)
         waiting = [run for run in runs if ledger.find(run).state in ("queued", "pushing")]
         if not waiting:
-            say("nothing left to submit; make kaggle-status follows the runs, make kaggle-pull brings their results")
+            say("nothing left to submit; make kaggle-follow stays until all are verified, make kaggle-pull looks once")
             return [ledger.find(run) for run in runs]
         if at_limit == "stop":
             raise type(limit)(f"{limit}; {len(waiting)} run(s) wait: repeat the command later")
@@ -72,8 +78,8 @@ def _queue(plan: Plan, settings: Settings, service: Service, resume: bool, say: 
             entry.require_owner(service.owner)
         else:
             entry = _enqueue(plan, settings, service.owner)
-        if resume and entry.state == "failed":
-            entry = _resume(plan, settings, service, entry, say)
+    if entry.state == "unfinished" or (resume and entry.state == "failed"):
+        entry = sessions.go_on(service, plan.run, settings, say)
     say(describe(entry))
     if resume and (entry.active or entry.state == "ended"):
         say("    it has not failed: make kaggle-pull brings what it leaves")
@@ -100,44 +106,14 @@ def _enqueue(plan: Plan, settings: Settings, owner: str) -> Entry:
     return entry.enter("queued")
 
 
-def _resume(plan: Plan, settings: Settings, service: Service, entry: Entry, say: Say) -> Entry:
-    """Another attempt of a failed run with the results it has, unless its session still goes on."""
-    if _may_be_alive(service, entry):
-        say(
-            f"{entry.run}  its session is still going on: stop it at {entry.url}, or pull its results when it has ended"
-        )
-        return entry
-    partial = _latest_partial(entry)
-    changes = {"attempt": entry.attempt + 1, "version": None, "url": None, "commit": plan.commit}
-    changes["session_seconds"] = build.session_seconds(settings)
-    _build(plan, settings, entry.model_copy(update=changes), partial)
-    done = f"resumes with {', '.join(f.name for f in partial)}" if partial else "starts again: nothing was finished"
-    return entry.enter("queued", done, **changes)
-
-
-def _build(plan: Plan, settings: Settings, entry: Entry, partial: Sequence[Path] = ()) -> None:
-    """The push folder of the entry's attempt: whole, or not there."""
+def _build(plan: Plan, settings: Settings, entry: Entry) -> None:
+    """The push folder of the first attempt: whole, or not there."""
     target = entry.push_folder
     temporary = target.with_name(f".{target.name}")
     for leftover in (target, temporary):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
-    carried = [build.Carried(f.name, f, sha256(f), resume=True) for f in partial]
-    build.build(plan, settings, temporary, entry.owner, attempt=entry.attempt, resume=carried)
+    build.build(plan, settings, temporary, entry.owner)
     temporary.rename(target)
-
-
-def _latest_partial(entry: Entry) -> list[Path]:
-    """Finished packs of the latest attempt that has any (each attempt begins with those of the one before)."""
-    folders = [entry.failed_folder(attempt) for attempt in range(entry.attempt, 0, -1)]
-    return next(filter(None, map(outcome.partial_results, folders)), [])
-
-
-def _may_be_alive(service: Service, entry: Entry) -> bool:
-    """Whether a run that is failed to us still computes, say because it was started without one of its sources."""
-    if entry.url is None:
-        return False
-    status, _ = service.status(entry.run) or ("UNKNOWN", "")
-    return status in _ALIVE and entry.age < timedelta(seconds=entry.session_seconds) + GRACE
 
 
 def _mention_left_behind(plans: Sequence[Plan], say: Say) -> None:
@@ -149,35 +125,42 @@ def _mention_left_behind(plans: Sequence[Plan], say: Say) -> None:
             continue
         if entry.state == "queued":
             say(f"{entry.run}  of {entry.params_file} as it was is still queued; remove {ledger.folder(entry.run)}")
-        elif entry.state == "failed" and entry.params_sha256 in digests.values() and _latest_partial(entry):
-            say(f"{entry.run}  has finished packs of other code: check out {entry.commit} to resume from them")
+        elif entry.params_sha256 in digests.values() and sessions.has_partial(entry):
+            if entry.state == "unfinished":
+                say(
+                    f"{entry.run}  is unfinished, with other code: make kaggle-follow RUNS={entry.run} goes on with that"
+                )
+            elif entry.state == "failed":
+                say(f"{entry.run}  has finished packs of other code: check out {entry.commit} to resume from them")
 
 
-def _submit_queued(service: Service, runs: Sequence[str], sessions: int, say: Say) -> LimitReached | Unreachable | Busy:
+def submit_queued(
+    service: Service, runs: Sequence[str], gpu_sessions: int, say: Say
+) -> LimitReached | Unreachable | Busy:
     """One round; returns why the runs wait that it has left queued, or of which it is not known whether they arrived."""
     try:
-        _submit_in_turn(service, runs, sessions, say)
+        _submit_in_turn(service, runs, gpu_sessions, say)
     except (LimitReached, Unreachable, Busy) as reason:
         return reason
-    return LimitReached(f"all {sessions} GPU sessions are in use")
+    return LimitReached(f"all {gpu_sessions} GPU sessions are in use")
 
 
-def _submit_in_turn(service: Service, runs: Sequence[str], sessions: int, say: Say) -> None:
+def _submit_in_turn(service: Service, runs: Sequence[str], gpu_sessions: int, say: Say) -> None:
     """Raises LimitReached, or Unreachable or Busy when all else is done and of some run it is not known where it is."""
     unclear = None
     for entry in ledger.owned_by(service.owner):
         try:
             if entry.state == "pushing":  # a process ended between the intent and the answer
-                _submit(service, entry.run, sessions, say)
+                _submit(service, entry.run, gpu_sessions, say)
             else:
                 with ledger.locked():
                     refresh(service, ledger.find(entry.run))
         except (Unreachable, Busy) as error:  # it keeps its place among the sessions
             unclear = error
     for run in runs:
-        if ledger.find(run).state == "queued" and _in_use(service) < sessions:
+        if ledger.find(run).state == "queued" and _in_use(service) < gpu_sessions:
             try:
-                _submit(service, run, sessions, say)
+                _submit(service, run, gpu_sessions, say)
             except Busy as error:
                 unclear = error
     if unclear:
@@ -188,14 +171,14 @@ def _in_use(service: Service) -> int:
     return sum(entry.active for entry in ledger.owned_by(service.owner))
 
 
-def _submit(service: Service, run: str, sessions: int, say: Say) -> None:
+def _submit(service: Service, run: str, gpu_sessions: int, say: Say) -> None:
     """One push at most: the intent is on disk before it, and whether it arrived is asked before it is made again.
 
     The others may look and decide meanwhile, but none is at this run. Raises Busy where one is.
     """
     with ledger.locked(run, seconds=0):
         again = ledger.find(run).state == "pushing"
-        if not again and not (_ensure_datasets(service, run, say) and _take_session(service, run, sessions)):
+        if not again and not (_ensure_datasets(service, run, say) and _take_session(service, run, gpu_sessions)):
             return
         with ledger.locked():
             before = ledger.find(run)
@@ -223,11 +206,11 @@ def _ensure_datasets(service: Service, run: str, say: Say) -> bool:
     return True
 
 
-def _take_session(service: Service, run: str, sessions: int) -> bool:
+def _take_session(service: Service, run: str, gpu_sessions: int) -> bool:
     """Whether there is still one: the run is then about to be pushed."""
     with ledger.locked():
         entry = ledger.find(run)
-        free = entry.state == "queued" and _in_use(service) < sessions
+        free = entry.state == "queued" and _in_use(service) < gpu_sessions
         if free:
             entry.enter("pushing")
     return free

@@ -58,6 +58,17 @@ class _Transient(Exception):
 
 
 @dataclass(frozen=True)
+class Quota:
+    """GPU hours of the week."""
+
+    left: float
+    total: float
+
+    def __str__(self) -> str:
+        return f"{self.left:.1f} of {self.total:.1f} GPU hours left this week"
+
+
+@dataclass(frozen=True)
 class Pushed:
     """``missing``: sources that the service does not know or does not show; it starts the session without them."""
 
@@ -142,13 +153,13 @@ class Service:
                         absent[name] = str(refusal)
         return log, hostile, absent
 
-    def quota(self) -> str:
-        """GPU hours of the week in words."""
+    def quota(self) -> Quota | None:
+        """None where the service does not say."""
         gpu = self._call("quota", self._api.quota_view).gpu_quota
         if gpu is None or gpu.total_time_allowed is None:
-            return "Kaggle does not say how many GPU hours are left"
+            return None
         total, used = (t.total_seconds() / 3600 if t else 0.0 for t in (gpu.total_time_allowed, gpu.time_used))
-        return f"{max(0.0, total - used):.1f} of {total:.1f} GPU hours left this week"
+        return Quota(max(0.0, total - used), total)
 
     def dataset_status(self, slug: str) -> str | None:
         """``ready`` when it can be mounted; None where there is none."""

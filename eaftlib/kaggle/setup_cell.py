@@ -53,6 +53,7 @@ class Session:
         self.outcome = {"schema": SCHEMA, "status": "running", "error": None, "machine": {}, "files": {}}
         self.outcome |= {k: run[k] for k in ("run", "attempt", "params_sha256", "code_sha256", "commit")}
         self.secrets: list[str] = []
+        self.deadline_is_over = False
 
     def start(self, wheel: str) -> None:
         """Everything before the first cell of the notebook proper; ``wheel`` is base85, or empty if it is mounted."""
@@ -73,10 +74,13 @@ class Session:
         What is complete stays complete. By hand a cell may fail, be run again, and the last one still be reached; in a
         batch that goes on after errors, what comes after the first proves nothing.
         """
-        if self.outcome["status"] == "complete" or (self.in_batch and self.outcome["status"] == "failed"):
+        if self.outcome["status"] == "complete" or (self.in_batch and self.outcome["status"] != "running"):
             return
         if self.on_kaggle:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is for what came before
+        for name in self.run["brings"]:
+            if (self.scratch / name).is_file():
+                copy_whole(self.scratch / name, self.work / Path(name).name)
         found = sorted(f for f in self.work.iterdir() if f.suffix in RESULT_TYPES and f.name != OUTCOME)
         found = [f for f in found if f.is_file() and not f.name.startswith((".", "__"))]
         self.outcome |= {"status": status, "error": error and self._without_secrets(error)}
@@ -110,7 +114,8 @@ class Session:
         result.error_before_exec = result.error_before_exec and self._masked(result.error_before_exec)
         result.error_in_exec = result.error_in_exec and self._masked(result.error_in_exec)
         if error is not None:
-            self.finish("failed", "".join(traceback.format_exception(error)))
+            status = "deadline" if self.deadline_is_over else "failed"
+            self.finish(status, "".join(traceback.format_exception(error)))
 
     def _show_error(self, *args, **kwargs) -> None:
         """For errors that IPython prints by itself: groups of exceptions, wrong uses of a magic."""
@@ -138,13 +143,14 @@ class Session:
         return mask(text, self.secrets)
 
     def _set_deadline(self) -> None:
-        """Stop before the session is killed: a session that is killed may not say why."""
+        """Stop before the session is killed: one that is killed may not say why, and loses what it had not written."""
         seconds = self.run["deadline_seconds"]
 
         def stop(*_):
+            self.deadline_is_over = True  # whatever becomes of the error on its way
             raise TimeoutError(
-                f"the notebook's own deadline of {seconds} s is over; what it finished is kept: "
-                "make kaggle-push PARAMS=... RESUME=1 goes on from there"
+                f"the notebook's own deadline of {seconds} s is over; what it has is kept, and make kaggle-follow goes on "
+                "from it"
             )
 
         signal.signal(signal.SIGALRM, stop)
@@ -173,7 +179,8 @@ class Session:
 
     def _link_paths(self) -> None:
         os.chdir(self.scratch)
-        link(Path(self.run["results_folder"]), self.work)
+        if self.run["results_folder"]:
+            link(Path(self.run["results_folder"]), self.work)
         for name, mounts in self.run["mounts"].items():
             place = self._find(mounts, name)
             if place:
@@ -192,7 +199,7 @@ class Session:
             if not file["resume"]:
                 link(Path(name), place)
             elif not (self.work / name).exists():  # a session that this one replaces has added to it
-                shutil.copy(place, self.work / name)
+                copy_whole(place, self.work / name)
 
     def _find(self, mounts: list[str], name: str) -> Path | None:
         """The first of the mounts (patterns under the input folder) that is there, else ``name`` in the home folder."""
@@ -302,6 +309,14 @@ def _in_base64(secret: bytes) -> set[str]:
 def link(name: Path, target: Path) -> None:
     name.parent.mkdir(parents=True, exist_ok=True)
     name.symlink_to(target)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Or not at all: the session may be killed meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}")
+    shutil.copy(source, temporary)
+    temporary.replace(target)
 
 
 def met(requirement: str) -> bool:

@@ -53,9 +53,14 @@ STATES = {
         "its session is over, its output not yet here",
         {
             "verified": "its results are here, complete and its own",
-            "failed": "they are not",
+            "unfinished": "at its deadline, or cut off: another session goes on",
+            "failed": "they are not, and another session would not help",
             "submitted": "what the service still shows is the attempt before",
         },
+    ),
+    "unfinished": State(
+        "its session is over, its work is not",
+        {"queued": "another session goes on", "submitted": "the service shows its attempt: looked at again"},
     ),
     "verified": State("its results are here", {"submitted": "they were removed, and are fetched again"}),
     "failed": State(

@@ -15,6 +15,7 @@ from ..engine.launch import over_gpus
 from ..engine.observers import recorded_positions
 from ..engine.placement import Placement
 from ..engine.selftest import LONG_TOKENS, selftest
+from ..engine.traversal import micro_batches
 from ..engine.weights import Weights
 from ..errors import ParameterError
 from ..files import require_writable_folder, write_atomically
@@ -67,7 +68,7 @@ class Trace:
         return cls(**read_trace(Path(path)))
 
 
-@over_gpus
+@over_gpus(lambda blocks, placement, **_: micro_batches(*blocks.tokens.shape, placement.device))
 def record(
     checkpoint: Checkpoint,
     blocks: Blocks,

@@ -14,6 +14,7 @@ from .. import project
 from ..engine import forward, ranks
 from ..engine.launch import over_gpus
 from ..engine.placement import Placement
+from ..engine.traversal import micro_batches
 from ..engine.weights import Weights
 from ..errors import CheckpointError, ParameterError, ResultError
 from ..files import read_json, require_writable_folder, sha256, write_atomically, write_json
@@ -34,7 +35,15 @@ def training_folder(out_dir: str | Path) -> Path:
     return out_dir.with_name(f"{out_dir.name}.training")
 
 
-@over_gpus
+def _shares(
+    checkpoint: Checkpoint, blocks: Blocks, placement: Placement, held_out_blocks: int, schedule: Schedule, **_
+):
+    """Of a step, or of a look at what is held back."""
+    together = max(held_out_blocks, schedule.batch_blocks)
+    return micro_batches(together, blocks.seq_len, placement.device, checkpoint.config.hidden_size)
+
+
+@over_gpus(_shares)
 def recover(
     checkpoint: Checkpoint,
     keep: KeepSet,

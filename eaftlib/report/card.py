@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ResultError
@@ -16,7 +16,6 @@ from .markdown import plain
 from .model import Recovered
 
 CARD = "README.md"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 # Words that open a licence's text, and what the hub calls it. Only texts that cannot be taken for another's.
 _LICENCES = {
@@ -47,7 +46,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything that a card says. base_model: None where the source was not fetched from the hub."""
+    """Everything that a card says. base_model: None where the source was not fetched from the hub.
+
+    baseline, gates, verdict: None where nobody has judged it yet; lengths and judged_on are empty then.
+    """
 
     label: str
     source: str
@@ -55,11 +57,11 @@ class Card:
     licence: Licence
     manifest: dict
     recovered: tuple[dict, ...]
-    baseline: str
-    gates: Gates
-    verdict: Verdict
-    lengths: tuple[Length, ...]
-    judged_on: dict
+    baseline: str | None = None
+    gates: Gates | None = None
+    verdict: Verdict | None = None
+    lengths: tuple[Length, ...] = ()
+    judged_on: dict = field(default_factory=dict)
 
     @property
     def trained(self) -> Recovered | None:
@@ -71,9 +73,8 @@ def build(checkpoint: Checkpoint, result: Result, baseline: Result, gates: Gates
     """Raises CheckpointError where the checkpoint has no manifest; ResultError unless ``result`` is of this checkpoint,
     ``baseline`` of the model that it was cut from, both comparable, and both have every primary sequence length.
     """
-    manifest = read_manifest(checkpoint)
-    if not manifest:
-        raise CheckpointError(f"{checkpoint.folder} has no {MANIFEST}: a card is for what 02_prune or 05_recover wrote")
+    card = unjudged(checkpoint)
+    manifest = card.manifest
     _require_scores_of(result, checkpoint.sha256, manifest["bytes_after"], f"the checkpoint {checkpoint.folder}")
     source = manifest["source"]
     _require_scores_of(baseline, source["model_sha256"], manifest["bytes_before"], f"its source, {source['model_id']}")
@@ -83,13 +84,9 @@ def build(checkpoint: Checkpoint, result: Result, baseline: Result, gates: Gates
             f"{result.path} and {baseline.path} give no verdict: {gates.primary_pack} at {list(verdict.missing)} is missing "
             f"in one of them. Evaluate both there: {gates.name} needs {list(gates.primary_seq_lens)}."
         )
-    return Card(
+    return replace(
+        card,
         label=result.label,
-        source=source["model_id"],
-        base_model=source["model_id"] if source.get("revision") else None,
-        licence=_licence(checkpoint.folder, source),
-        manifest=manifest,
-        recovered=tuple(_runs(manifest.get("recovered"))),
         baseline=baseline.label,
         gates=gates,
         verdict=verdict,
@@ -97,6 +94,25 @@ def build(checkpoint: Checkpoint, result: Result, baseline: Result, gates: Gates
             _length(result, baseline, gates.primary_pack, n, found) for n, found in verdict.comparisons.items()
         ),
         judged_on=result.meta,
+    )
+
+
+def unjudged(checkpoint: Checkpoint) -> Card:
+    """Of a checkpoint that nobody has evaluated yet, under its folder's name.
+
+    Raises CheckpointError where it has no manifest.
+    """
+    manifest = read_manifest(checkpoint)
+    if not manifest:
+        raise CheckpointError(f"{checkpoint.folder} has no {MANIFEST}: a card is for what 02_prune or 05_recover wrote")
+    source = manifest["source"]
+    return Card(
+        label=checkpoint.folder.name,
+        source=source["model_id"],
+        base_model=source["model_id"] if source.get("revision") else None,
+        licence=_licence(checkpoint.folder, source),
+        manifest=manifest,
+        recovered=tuple(_runs(manifest.get("recovered"))),
     )
 
 
