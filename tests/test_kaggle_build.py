@@ -218,7 +218,7 @@ def test_what_cannot_run_on_kaggle_is_refused(here, changes, words):
     assert not (here / "built").exists()
 
 
-@pytest.mark.parametrize("name", ["demo/prune", "demo/report"])
+@pytest.mark.parametrize("name", ["demo/report", "demo/report-final"])
 def test_what_needs_no_gpu_is_not_pushed(here, name):
     with pytest.raises(ParameterError, match="needs no GPU: run it where its files are"):
         build.plan(ROOT / "params" / f"{name}.yaml", build.read_settings())
@@ -235,7 +235,7 @@ def test_a_file_that_is_no_parameters_is_named(here, text, words):
         build.plan(file, build.read_settings())
 
 
-def test_only_code_that_the_wheel_has_is_hashed_and_the_wheel_has_all(here, tmp_path, wheel):
+def test_only_code_that_the_wheel_has_is_hashed_and_the_wheel_has_all(tmp_path, wheel):
     package = tmp_path / "eaftlib"
     shutil.copytree(ROOT / "eaftlib", package, ignore=shutil.ignore_patterns("__pycache__"))
     assert code.code_sha256(package) == code.code_sha256()
