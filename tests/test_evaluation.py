@@ -7,6 +7,7 @@ import pytest
 import world
 from test_criteria import quantile
 from test_forward import keep_masks, reference
+from test_results import random_tokens, write
 
 from eaftlib.engine import forward
 from eaftlib.engine.weights import Weights
@@ -15,7 +16,6 @@ from eaftlib.evaluation import evaluate as evaluation
 from eaftlib.evaluation import results
 from eaftlib.evaluation.compare import compare
 from eaftlib.evaluation.evaluate import evaluate
-from eaftlib.evaluation.schema import SCHEMA
 from eaftlib.model.checkpoint import Checkpoint
 from eaftlib.pruning.keepsets import KeepSet
 from eaftlib.pruning.slicing import prune
@@ -300,11 +300,8 @@ def test_another_length_joins_the_result(checkpoint, source, cpu, tmp_path, pass
 
 
 def test_a_label_does_not_replace_another_models_result(checkpoint, source, cpu, tmp_path, no_weights):
-    meta = {"label": "x", "model_sha256": "other", "keep_set": None, "eos_token_id": 1, "rows": "all", "num_blocks": 3}
-    meta |= {"tokenizer_sha256": "t", "tokens_sha256": "t", "entropy_topk": 20, "cc_quantile": 0.15}
-    old = {"schema": SCHEMA, "meta": meta, "packs": []}
-    (tmp_path / "x.json").write_text(json.dumps(old))
-    with pytest.raises(EaftError, match=r"x\.json is the result of another model: model_sha256 is other against"):
+    write(tmp_path, "x", {("UNION", 24): random_tokens()}, {"eos_token_id": 1, "model_sha256": "0" * 64})
+    with pytest.raises(EaftError, match=r"x\.json is the result of another model: model_sha256 is 0+ against"):
         evaluate(checkpoint, source, cpu, {"x": None}, out_dir=tmp_path, **SETTINGS)
 
 

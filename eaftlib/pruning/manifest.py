@@ -23,7 +23,7 @@ class ChosenBy(BaseModel):
     model_config = ConfigDict(strict=True)
 
     criterion: str | None
-    keep_n: Count
+    keep_n: Count | None = None
     ranking_rows: str | None = None
 
 
