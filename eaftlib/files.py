@@ -83,20 +83,14 @@ def require_file(path: Path, error: type[EaftError], advice: str) -> None:
         raise error(f"{path} is no file, but a folder or a device; {advice}")
 
 
-def require_writable_folder(path: Path, error: type[EaftError]) -> None:
-    """A folder that may be written in, or whose first parent that exists may be; nothing is made yet."""
-    for there in (path := Path(path).absolute(), *path.parents):
-        try:
-            mode = os.stat(there).st_mode
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as cause:  # below a file, a name too long, one with a zero byte
-            raise error(f"{str(path)!r} cannot be a folder ({cause}); choose another out_dir") from cause
-        if not stat.S_ISDIR(mode):
-            raise error(f"{there} is a file, expected a folder to write in; choose another out_dir")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise error(f"{there} may not be written in; choose another out_dir, or change its mode")
-        return
+def require_writable_folder(folder: str | Path, error: type[EaftError]) -> None:
+    """A folder that takes files, made where it is missing; asked before hours of work, whose result will go there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as cause:  # the latter: a name with a null byte
+        raise error(f"{str(folder)!r} is no folder that can be written to ({cause}); choose another one") from cause
 
 
 def _refuse_constant(name: str) -> None:
