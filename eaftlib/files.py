@@ -84,13 +84,22 @@ def require_file(path: Path, error: type[EaftError], advice: str) -> None:
 
 
 def require_writable_folder(folder: str | Path, error: type[EaftError]) -> None:
-    """A folder that takes files, made where it is missing; asked before hours of work, whose result will go there."""
+    """A folder that takes files, or can be made; asked before hours of work, whose result will go there. None is left."""
+    path = Path(folder).absolute()
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(filter(_is_there, (path, *path.parents)))):
             pass
     except (OSError, ValueError) as cause:  # the latter: a name with a null byte
         raise error(f"{str(folder)!r} is no folder that can be written to ({cause}); choose another one") from cause
+
+
+def _is_there(path: Path) -> bool:
+    """Raises OSError, as ``exists`` does not, for a name that is too long or lies below a file."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> None:

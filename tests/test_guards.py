@@ -159,7 +159,7 @@ def test_a_name_that_no_folder_can_have_is_refused(tmp_path, name):
     with pytest.raises(ParameterError, match="is no folder that can be written to"):
         require_writable_folder(tmp_path / name, ParameterError)
     require_writable_folder(tmp_path / "new" / "newer", ParameterError)
-    assert [*tmp_path.rglob("*")] == [tmp_path / "new", tmp_path / "new" / "newer"]
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="modes do not bind root")
