@@ -248,6 +248,43 @@ def test_the_summary_is_a_table_of_criteria_by_keep_counts(built):
     assert float(cell[:-1]) == pytest.approx(worst, abs=5e-4) and near.ppl > base.ppl
 
 
+def change_of_means(content):
+    """Of a pack that decides nothing, and everything that a JSON alone would be found out by."""
+    entry = content["packs"][1]["seq"]["64"]["model"]
+    half = len(entry["blocks"]["nll_sum"]) // 2
+    entry["blocks"]["prob_sum"][0] += 0.5
+    entry["blocks"]["prob_sum"][half] -= 0.5
+
+
+def forget_a_pack(content):
+    del content["packs"][1]
+
+
+@pytest.mark.parametrize("label", ["base", "near-24"])
+@pytest.mark.parametrize(
+    "change, words",
+    [(change_of_means, r"a at 64.*prob_sum"), (forget_a_pack, r"tokens\.parquet has a at 64, .* has not")],
+)
+def test_every_number_in_a_report_is_that_of_the_tokens(folder, label, change, words):
+    path = folder / f"{label}.json"
+    content = json.loads(path.read_text())
+    assert content["packs"][1]["pack"] == "a"
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ResultError, match=words):
+        model.build(results.read_all([str(folder)]), "base", GATES)
+
+
+def test_a_result_that_shares_nothing_with_the_baseline_is_incomplete_and_every_file_is_there(folder, tmp_path):
+    write(folder, "quick", {("b", 256): random_tokens(seed=9)}, candidate("ean", 12))
+    found = model.build(results.read_all([str(folder)]), "base", GATES)
+    report_folder.write(found, tmp_path / "report")
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    assert verdict["models"]["quick"]["verdict"] == "INCOMPLETE" and verdict["models"]["near-24"]["verdict"] == "PASS"
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"report.html", "report.md", "results.csv", "verdict.json"} <= names
+
+
 def test_an_earlier_result_file_is_compared_and_marked_binned(folder):
     path = folder / "far-16.json"
     content = json.loads(path.read_text())

@@ -92,6 +92,18 @@ class Result:
             self._agreeing.add((pack, seq_len))
         return found
 
+    def require_reconciled(self) -> None:
+        """Raises ResultError unless the tokens, where there are some, give every entry, and are of no others."""
+        for part in self.parts or (self,):
+            if any([part.tokens(*key) is not None for key in part.entries]):
+                path = tokens_path(part.path)
+                table = part._table(path)
+                there = {(key["pack"], key["seq_len"]) for key in _keys(table)}
+                if other := sorted(there - part.entries.keys()):
+                    raise ResultError(
+                        f"{path} has {other[0][0]} at {other[0][1]}, {part.path.name} has not; {_EVALUATE}"
+                    )
+
     def _table(self, path: Path) -> pa.Table:
         """The whole file, of whose bytes the JSON has the hash."""
         table, digest = _read_table(path, _stamp(path))
@@ -187,11 +199,14 @@ def read_tokens(path: Path, num_blocks: int | Mapping[str, int]) -> dict[tuple[s
     """
     require_file(path, ResultError, _EVALUATE)
     table, _ = _read_table(path, _stamp(path))
-    keys = table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
     return {
         (key["pack"], key["seq_len"]): _tokens_of(table, path, **key, num_blocks=blocks_at(num_blocks, key["seq_len"]))
-        for key in keys
+        for key in _keys(table)
     }
+
+
+def _keys(table: pa.Table) -> list[dict]:
+    return table.group_by(["pack", "seq_len"]).aggregate([]).to_pylist()
 
 
 def belong_together(path: Path) -> bool:

@@ -176,10 +176,14 @@ def build(
     saliencies: tuple[Saliency, ...] = (),
     conflicts: tuple[ConflictTexts, ...] = (),
 ) -> Report:
-    """Compare every result with the one labelled ``baseline``. Raises ResultError when it is not there or rows differ.
+    """Compare every result with the one labelled ``baseline``.
+
+    Raises ResultError when it is not there, rows differ, or tokens do not give the numbers beside them.
 
     saliencies, conflicts: to be shown beside.
     """
+    for result in results:
+        result.require_reconciled()  # what only the JSON says is shown, too
     by_label = {r.label: r for r in results}
     if baseline not in by_label:
         raise ResultError(f"baseline: no result is labelled {baseline!r}; there are {sorted(by_label)}")
