@@ -89,6 +89,14 @@ def test_token_file_has_the_fixed_columns(path, tokens):
     assert pq.ParquetFile(path.with_name("base.tokens.parquet")).metadata.row_group(0).column(4).compression == "ZSTD"
 
 
+def test_hundreds_of_packs_fit_one_file(tmp_path):
+    """More than a byte counts."""
+    tokens = {(f"pack-{i}", 64): random_tokens(80, seed=i) for i in range(300)}
+    result = results.read(write(tmp_path, "many", tokens))
+    for key in (("pack-0", 64), ("pack-127", 64), ("pack-128", 64), ("pack-299", 64)):
+        np.testing.assert_array_equal(result.tokens(*key).nll, tokens[key].nll)
+
+
 def test_labels_may_hold_dots(tmp_path, tokens):
     path = write(tmp_path, "keep16.v2", tokens)
     assert path.name == "keep16.v2.json" and (tmp_path / "keep16.v2.tokens.parquet").is_file()

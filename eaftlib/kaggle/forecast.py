@@ -15,8 +15,8 @@ from .ledger import Entry
 from .service import Refused, Service, Unreachable
 
 SET_UP_HOURS = 0.15  # of a session: packages, and reading 14 GB of weights. Assumed
-# Computed speeds count kernels alone, by data sheets. On the H100 a pass within 15 GB took 131,072 / 25,098 = 5.2 s for 3.3 s of
-# kernels where these were profiled (docs/speed.md, "As Kaggle's T4 runs it"): 1.6 times as long. Later 131,072 / 27,889 = 4.7 s.
+# Computed speeds count kernels alone, by data sheets. On the H100 a pass within 15 GB took 131,072 / 25,098 = 5.2 s for 3.3 s
+# of kernels where these were profiled (docs/speed.md, "As Kaggle's T4 runs it"): 1.6 times as long.
 _OVERHEAD = 1.6
 _MEASURED = "measured with gpt-oss-20b"
 

@@ -11,6 +11,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 from ..pruning.explore import overlap
 from . import charts
@@ -28,9 +29,12 @@ class Picture(Figure):
     """A figure that a notebook shows as a PNG wherever it runs, without pyplot and its global state."""
 
     def draw(self, renderer) -> None:
-        """Names of models and packs are text: a ``$`` in them begins no formula."""
+        """Names of models and packs are text: a ``$`` in them begins no formula, as it does in powers of ten along an axis."""
+        axes = [axis for pair in self.axes for axis in (pair.xaxis, pair.yaxis)]
+        logarithmic = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+        powers = {label for axis in logarithmic for label in axis.get_ticklabels(which="both")}
         for text in self.findobj(Text):
-            text.set_parse_math(False)
+            text.set_parse_math(text in powers)
         super().draw(renderer)
 
     def png(self) -> bytes:
