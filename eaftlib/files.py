@@ -19,6 +19,7 @@ Shape = TypeVar("Shape")  # a pydantic model
 # A name that a user gives and that files are called by: one that no shell, no Markdown, no spreadsheet and no file system reads
 # as more than itself, and short enough for what is put before and after it.
 FILE_NAME = "[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}"
+HUB_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"  # owner/name of a model or a data set
 _PARTIAL = ".partial"  # of temporary files
 
 

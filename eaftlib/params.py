@@ -13,17 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from . import notebooks
 from .errors import ParameterError
-from .files import FILE_NAME, require_file
+from .files import FILE_NAME, HUB_NAME, require_file
 from .pruning.criteria import CRITERIA, RANDOM, RECON
 
 MARK = "# Parameters"  # first line of a cell of parameters; papermill's injected cell begins with it too
 
 BASE = "base"  # label of the whole model
 MOST_VALUES = 100_000  # in a file of parameters
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Literal["all", "calib", "eval"]
 Trained = Literal["routers", "expert_biases", "norms", "attention", "lm_head"]
@@ -131,7 +129,7 @@ class CheckpointParameters(KeepSetParameters):
     @field_validator("publish_to")
     @classmethod
     def _name_on_the_hub(cls, name: str | None) -> str | None:
-        if name is not None and not HUB_NAME.fullmatch(name):
+        if name is not None and not re.fullmatch(HUB_NAME, name):
             raise ValueError(f"found {name!r}, expected owner/name of a repository on the hub, or None")
         return name
 
@@ -398,10 +396,8 @@ def _yaml(path: Path) -> object:
         raise ParameterError(f"{path} is nested too deeply for parameters") from None
     except OSError as cause:
         raise ParameterError(f"{path} cannot be read: {cause}") from cause
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as cause:  # no UTF-8, a month of 13, an integer of more digits than Python converts
+    except (yaml.YAMLError, ValueError) as cause:
+        # The latter: no UTF-8, a month of 13, an integer of more digits than Python converts
         raise ParameterError(f"{path} is not YAML: {cause}") from cause
 
 

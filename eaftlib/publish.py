@@ -1,5 +1,6 @@
 """A checkpoint with its card on the Hugging Face hub, through the hub's own client."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 from .errors import CheckpointError, PublishError
 from .evaluation.gates import Gates
 from .evaluation.results import Result
+from .files import HUB_NAME
 from .model import fingerprint
 from .model.checkpoint import Checkpoint
-from .params import HUB_NAME
 from .pruning.slicing import MANIFEST, read_manifest
 from .report import card
 
@@ -42,7 +43,7 @@ def require_place(name: str) -> None:
 
 
 def _publish(folder: Path, name: str, make_card: Callable[[Checkpoint], card.Card], public: bool) -> str:
-    if not HUB_NAME.fullmatch(name):
+    if not re.fullmatch(HUB_NAME, name):
         raise PublishError(f"found {name!r}, expected owner/name of a repository on the hub")
     checkpoint = Checkpoint(str(folder))
     files, made = verified_files(checkpoint), make_card(checkpoint)

@@ -73,10 +73,7 @@ def evaluate(
     for label, meta in metas.items():
         meta["seq_lens"] = list(dict.fromkeys([*(length for _, length in entries[label]), *seq_lens]))
     left = _left(jobs, entries, progress)
-    for label in keep_sets:
-        if entries[label] and not results.belong_together(out_dir / f"{label}.json"):
-            # The other file's entries and tokens are gone on from, but nobody else would read the two.
-            results.write(out_dir, label, metas[label], entries[label], tokens[label])
+    _join(out_dir, metas, entries, tokens)
     weights = Weights(checkpoint, placement) if left else None
     if sum(blocks.tokens.size for blocks in left.values()) * len(keep_sets) >= LONG_TOKENS:
         selftest(weights, next(iter(left.values())), progress)
@@ -128,6 +125,13 @@ def _finished(path: Path, meta: dict) -> tuple[dict, dict]:
         if expected and stored[key].row is not None and expected.items() <= entry["model"].items():
             entries[key], tokens[key] = entry, stored[key]
     return entries, tokens
+
+
+def _join(out_dir: Path, metas: Mapping[str, dict], entries: dict[str, dict], tokens: dict[str, dict]) -> None:
+    """Write again what a run left that was killed between its two files: it is gone on from, but nobody else would read it."""
+    for label, found in entries.items():
+        if found and not results.belong_together(out_dir / f"{label}.json"):
+            results.write(out_dir, label, metas[label], found, tokens[label])
 
 
 def _identity(metas: Mapping[str, dict], blocks: Blocks) -> dict[str, dict]:

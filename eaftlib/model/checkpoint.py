@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import CheckpointError
-from ..files import read_json, sha256
+from ..files import HUB_NAME, read_json, sha256
 from . import fingerprint, mxfp4, tokenizers, values
 from .settings import read_config
 from .shards import ADVICE, DTYPES, StoredTensor, read_header
@@ -148,7 +148,7 @@ class Checkpoint:
 def _find_folder(model: str) -> Path:
     if os.path.isdir(model):
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(HUB_NAME, model):
         raise CheckpointError(f"model: {model!r} is neither a folder nor an 'owner/name' of the Hugging Face hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError

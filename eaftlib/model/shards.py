@@ -37,9 +37,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 LONGEST_HEADER_BYTES = 100_000_000  # as in the format's own library
-PIECE_BYTES = (
-    8 << 20
-)  # of a tensor: what a thread reads at a time, and all that is in memory where it is passed through
+# Of a tensor: what a thread reads at a time, and all that is in memory where it is passed through
+PIECE_BYTES = 8 << 20
 ADVICE = "fetch the checkpoint again"
 
 

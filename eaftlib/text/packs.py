@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import PackError
-from ..files import require_file
+from ..files import HUB_NAME, require_file
 
 UNION = "UNION"
 ROW_SPLITS = ("all", "calib", "eval")
@@ -275,7 +275,7 @@ def _find_files(source: str, pack_files: list[str] | None) -> dict[str, Path]:
     """Path inside the source -> local path."""
     folder = Path(source) if Path(source).is_dir() else _kaggle_mount(source)
     if folder is None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        if not re.fullmatch(HUB_NAME, source):
             raise PackError(f"packs: {source!r} is neither a folder nor an 'owner/name' of a data set")
         return _fetch_from_hub(source, pack_files)
     found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.parquet")) if pack_files is None else pack_files
